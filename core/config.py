@@ -1,0 +1,42 @@
+"""The base of every configuration: frozen, unknown keys refused with the nearest right one."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from millrace.core.errors import ConfigError, nearest
+
+
+class Config(BaseModel):
+    """A frozen pydantic model whose errors say what to write instead."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            known = list(cls.model_fields)
+            for key in data:
+                if key not in known:
+                    raise ValueError(f"unknown key '{key}'{nearest(str(key), known)} It takes {', '.join(known)}.")
+        return data
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], *, source: str) -> Self:
+        """Validate; every message names `source` and the dotted key.
+
+        Raises:
+            ConfigError: with one line per mistake.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as caught:
+            lines = []
+            for error in caught.errors():
+                where = ".".join(str(part) for part in error["loc"]) or "top level"
+                text = error["msg"].removeprefix("Value error, ")
+                given = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
+                lines.append(f"{source}: {where}: {text}{given}")
+            raise ConfigError("\n".join(lines)) from None
