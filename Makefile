@@ -1,0 +1,54 @@
+# Two commands: `make demo` and `make test`. Each makes its own environment, once.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# One compute thread per process: here several processes share the cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# Nothing is sent anywhere while it runs.
+export RAY_USAGE_STATS_ENABLED ?= 0
+export VLLM_NO_USAGE_STATS ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: help setup demo test test-fast test-long lint lock clean
+
+help:
+	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about 4 minutes after set-up)"
+	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
+	@echo "make test-fast  the pure tests: no Ray, no vLLM (at most a minute)"
+	@echo "make test-long  the suites that take longer"
+	@echo "make lock       compile requirements/cpu.in to requirements/cpu.txt (needs uv)"
+
+setup: $(READY)
+
+$(READY): requirements/cpu.txt pyproject.toml requirements/preflight.py
+	@$(PYTHON) requirements/preflight.py
+	@echo "setting up .venv: about 3 GB, a few minutes the first time"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python -m examples.demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -q -m "not ray and not long"
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -q -m long
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock:
+	uv pip compile requirements/cpu.in --override requirements/overrides.txt --python-version 3.11 \
+	  --no-emit-find-links --no-emit-index-url --no-header --no-annotate -o requirements/cpu.txt
+
+clean:
+	rm -rf .venv *.egg-info

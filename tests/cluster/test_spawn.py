@@ -1,0 +1,84 @@
+"""A handle means the same wherever its component lives."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from millrace.cluster.spawn import Handle, OnRay, Spawn, here
+from millrace.core.errors import ConfigError, Fenced
+
+
+class Counter:
+    def __init__(self, start: int) -> None:
+        self.value = start
+        self.event = asyncio.Event()
+
+    async def add(self, much: int) -> int:
+        self.value += much
+        self.event.set()
+        return self.value
+
+    async def wait(self) -> str:
+        await self.event.wait()
+        return "woken"
+
+    async def refuse(self) -> None:
+        raise Fenced("draw 3 is held by generation-1")
+
+
+class Relay:
+    def __init__(self, other: Handle) -> None:
+        self.other = other
+
+    async def add(self, much: int) -> int:
+        return int(await self.other.add(much))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+async def use(spawn: Spawn) -> None:
+    counter = spawn(Counter, 1, name="counter")
+    waiting = asyncio.ensure_future(counter.wait())
+    relay = spawn(Relay, counter, name="relay")
+    assert await relay.add(2) == 3
+    assert await waiting == "woken"
+    with pytest.raises(Fenced, match="draw 3 is held"):
+        await counter.refuse()
+
+
+def test_components_in_this_process() -> None:
+    asyncio.run(use(here))
+
+
+def test_a_call_from_another_threads_loop_runs_on_the_components_own() -> None:
+    async def main() -> str:
+        counter = here(Counter, 0, name="counter")
+        waiting = asyncio.ensure_future(counter.wait())
+        thread = threading.Thread(target=lambda: asyncio.run(counter.add(5)))
+        thread.start()
+        result = str(await asyncio.wait_for(waiting, 5))
+        thread.join()
+        return result
+
+    assert asyncio.run(main()) == "woken"
+
+
+@pytest.mark.ray
+def test_components_on_ray(cluster: None) -> None:
+    spawn = OnRay()
+    asyncio.run(use(spawn))
+    spawn.kill()
+
+
+@pytest.mark.ray
+def test_more_gpus_than_there_are_is_refused_before_anything_starts(cluster: None) -> None:
+    with pytest.raises(ConfigError, match="generation-0 asks for 2 GPUs, but the Ray cluster has 0"):
+        OnRay()(Counter, 0, name="generation-0", gpus=2)
