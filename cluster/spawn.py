@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from millrace.core.errors import ConfigError
 
@@ -43,7 +44,10 @@ def here(cls: type, *args: Any, name: str, cpus: float = 0, gpus: float = 0, **k
 
 
 class Handle:
-    """A component that is a Ray actor: `await handle.put(x)` is `await actor.put.remote(x)`."""
+    """A component that is a Ray actor: `await handle.put(x)` is `await actor.put.remote(x)`.
+
+    What the component raises arrives as it was raised. A dead component is a ConnectionError that names it.
+    """
 
     def __init__(self, actor: Any, name: str) -> None:
         self._actor = actor
@@ -52,14 +56,30 @@ class Handle:
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         if method.startswith("__"):
             raise AttributeError(method)
-        remote: Callable[..., Awaitable[Any]] = getattr(self._actor, method).remote
-        return remote
+        remote = getattr(self._actor, method).remote
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await remote(*args, **kwargs)
+            except RayTaskError as caught:
+                raise caught.cause from None
+            except RayActorError as caught:
+                raise ConnectionError(f"{self._name} is gone: {_reason(caught)}") from None
+
+        return call
 
     def __reduce__(self) -> tuple[type, tuple[Any, str]]:
         return Handle, (self._actor, self._name)
 
     def __repr__(self) -> str:
         return f"Handle({self._name})"
+
+
+def _reason(error: RayActorError) -> str:
+    """The line of Ray's report that says why: what the constructor raised, or how the process ended."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    exit_detail = next((line for line in lines if "exit detail" in line), None)
+    return exit_detail or lines[-1]
 
 
 class OnRay:

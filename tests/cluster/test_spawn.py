@@ -1,6 +1,8 @@
 """A handle means the same wherever its component lives."""
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -8,7 +10,7 @@ import pytest
 import ray
 
 from millrace.cluster.spawn import Handle, OnRay, Spawn, here
-from millrace.core.errors import ConfigError, Fenced
+from millrace.core.errors import ConfigError, Fenced, ModelError
 
 
 class Counter:
@@ -27,6 +29,17 @@ class Counter:
 
     async def refuse(self) -> None:
         raise Fenced("draw 3 is held by generation-1")
+
+    async def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stillborn:
+    def __init__(self) -> None:
+        raise ModelError("model nowhere: no such directory")
+
+    async def run(self) -> None:
+        pass
 
 
 class Relay:
@@ -76,6 +89,18 @@ def test_components_on_ray(cluster: None) -> None:
     spawn = OnRay()
     asyncio.run(use(spawn))
     spawn.kill()
+
+
+@pytest.mark.ray
+def test_a_dead_component_is_named_with_its_cause(cluster: None) -> None:
+    async def main() -> None:
+        spawn = OnRay()
+        with pytest.raises(ConnectionError, match="reward-0 is gone: .*ModelError: model nowhere"):
+            await spawn(Stillborn, name="reward-0").run()
+        with pytest.raises(ConnectionError, match="queue is gone: .*exit"):
+            await spawn(Counter, 0, name="queue").die()
+
+    asyncio.run(main())
 
 
 @pytest.mark.ray
