@@ -252,6 +252,11 @@ class Engine(Protocol):
         """All response tokens it ever sampled, by its own count."""
         ...
 
+    @property
+    def aborted(self) -> int:
+        """Of these, the tokens of calls that were given up."""
+        ...
+
     def progress(self) -> Mapping[str, int]:
         """Tokens sampled so far, by key of the running calls."""
         ...
