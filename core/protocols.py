@@ -110,8 +110,11 @@ class PromptSource(Protocol):
 class Queue(Protocol):
     """The ledger and the replay queue, one transaction domain."""
 
-    async def join(self, worker: WorkerId, *, role: Role, slots: int) -> int:
-        """Enter or re-enter the run. Returns the worker's new epoch; leases of its earlier one are fenced."""
+    async def join(self, worker: WorkerId, *, role: Role, slots: int, generated: int = 0) -> int:
+        """Enter or re-enter the run; `generated` is what the engine's own counter shows already.
+
+        Returns the worker's new epoch; leases of its earlier one are fenced.
+        """
         ...
 
     async def leave(self, worker: WorkerId, *, epoch: int, generated: int, abandoned: Mapping[GroupId, int]) -> None:

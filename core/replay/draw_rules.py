@@ -1,0 +1,206 @@
+"""Rules of the generation worker's side: join, lease, heartbeat, put, leave."""
+
+from collections.abc import Callable, Mapping, Sequence
+from heapq import nsmallest
+
+from millrace.core.errors import Fenced, LedgerError
+from millrace.core.protocols import Receipt, Role
+from millrace.core.replay.draws import State
+from millrace.core.replay.journal import Location
+from millrace.core.replay.transaction import Transaction, ids
+from millrace.core.replay.versions import admissible
+from millrace.core.schema import GroupHeader
+from millrace.core.types import GroupId
+
+
+class DrawRules(Transaction):
+    """waiting -> leased -> generated, and back when a lease ends."""
+
+    def join(self, worker: str, *, role: Role, slots: int, generated: int = 0) -> int:
+        """A new incarnation; whatever the earlier one held is fenced."""
+        if role is Role.LEARNER:
+            raise LedgerError(f"{worker} joins as learner: a learner joins by join_learner")
+        if (earlier := self.state.workers.get(worker)) is not None:
+            self._lose(earlier.epoch, "fenced")
+        epoch = self.state.epochs + 1
+        self.do("joined", worker=worker, role=role.value, epoch=epoch, slots=slots, generated=generated)
+        return epoch
+
+    def leave(self, worker: str, *, epoch: int, generated: int, abandoned: Mapping[GroupId, int]) -> None:
+        """The last word of an incarnation. A repetition does nothing."""
+        meter = self.state.books.meters.get(epoch)
+        if meter is not None and meter.final and meter.worker == worker:
+            return
+        entry = self.state.workers.get(worker)
+        self.current(worker, epoch, Role(entry.role) if entry else Role.GENERATION)
+        self._lose(epoch, "abandoned", abandoned)
+        if abandoned:
+            self.do("late", epoch=epoch, rows=[[*group, tokens] for group, tokens in abandoned.items()])
+        self.do("left", worker=worker, epoch=epoch, generated=generated)
+
+    def _lose(self, epoch: int, cause: str, tokens: Mapping[GroupId, int] | None = None) -> None:
+        """End all leases of an incarnation. Leaving in order is no failure of the draws."""
+        draws = [self.state.draws[hold.draw] for hold in self.state.leases.of(epoch)]
+        last = [(draw, (tokens or {}).get(GroupId(draw.index, draw.attempt), draw.tokens)) for draw in draws]
+        self.fail(last, cause, counted=cause == "fenced")
+        self.give_back((self.state.draws[hold.draw] for hold in self.state.judgings.of(epoch)), "left")
+
+    def lease_draws(self, worker: str, *, epoch: int, version: int, want: int, request: str) -> list[GroupId]:
+        """As many of `want` as admission allows: draws whose lease ended first, then new ones."""
+        entry = self.current(worker, epoch, Role.GENERATION)
+        if request in entry.answers:
+            held = self.state.leases.holder
+            return [group for group in ids(entry.answers[request]) if held(*group, epoch)]
+        count = min(want, self.room(version))
+        if count <= 0:
+            return []
+        old = nsmallest(count, self.state.waiting)
+        new = range(self.state.next_draw, self.state.next_draw + count - len(old))
+        rows = [[index, self.state.draws[index].attempt + 1] for index in old] + [[index, 0] for index in new]
+        config = self.config
+        durations = {"start_s": config.start_s, "lease_s": config.lease_s, "cap_s": config.lease_cap_s}
+        self.do("leased", worker=worker, epoch=epoch, request=request, version=version, rows=rows, **durations)
+        return ids((draw, attempt) for draw, attempt in rows)
+
+    def room(self, version: int) -> int:
+        """How many more groups an engine at `version` may be granted now."""
+        if version < 0:
+            return 0
+        return min(self._admissible(version), self._needed())
+
+    def _admissible(self, version: int) -> int:
+        lag = self.state.versions.lag(version, self.state.step)
+        ahead = self.state.open + self._placed(self.state.step + self.config.max_lag - lag)
+        return admissible(lag, ahead, per_step=self.config.groups_per_step, max_lag=self.config.max_lag)
+
+    def _placed(self, until: int) -> int:
+        """Places taken in the recorded batches of steps up to `until`: a redone step is refilled before later ones."""
+        per_step, step = self.config.groups_per_step, self.state.step
+        batches = (batch for k, batch in self.state.batches.items() if step <= k <= until)
+        return sum(min(per_step, len(batch.entries) - len(batch.filtered)) for batch in batches)
+
+    def _needed(self) -> int:
+        """Groups that the steps to come can still use, beyond those alive."""
+        steps = self.config.steps
+        return self.config.groups_per_step * (steps - self.state.step) - self.state.open - self._placed(steps)
+
+    def why_idle(self, version: int, short: int) -> str:
+        """Why `short` more groups were not granted, and what would change that."""
+        state, config = self.state, self.config
+        slots = f"{short * config.group_size} rollout slots stay idle"
+        if version < 0:
+            return f"{slots} until weights are loaded; the newest version is {state.versions.newest}"
+        if self._needed() <= self._admissible(version):
+            return (
+                f"{slots}: step {state.step} of {config.steps}, and {state.live} live groups are "
+                f"all that the steps to come can use"
+            )
+        lag = state.versions.lag(version, state.step)
+        wider = config.max_lag - (-short // config.groups_per_step)
+        return (
+            f"{slots}: at step {state.step}, version {version} (lag {lag}) and {state.live} live groups, "
+            f"max_lag = {config.max_lag} and groups_per_step = {config.groups_per_step} admit no more "
+            f"until a step is trained or newer weights are loaded; max_lag = {wider} would fill them"
+        )
+
+    def put_groups(
+        self,
+        worker: str,
+        *,
+        epoch: int,
+        headers: Sequence[GroupHeader],
+        store: Callable[[Sequence[int]], Sequence[Location]],
+    ) -> list[Receipt]:
+        """Accept what this incarnation was leased, once. `store` keeps the payloads of the accepted rows."""
+        try:
+            self.current(worker, epoch, Role.GENERATION)
+        except Fenced:
+            self._book_late(headers)
+            raise
+        reasons: list[str] = []
+        seen: set[GroupId] = set()
+        for header in headers:
+            held = self.state.leases.holder(*header.id, header.lease_epoch) and header.lease_epoch == epoch
+            if header.id in seen or not held:
+                reasons.append(self._not_held(header, epoch))
+            else:
+                reasons.append(self._bad_group(header))
+            seen.add(header.id)
+        accepted = [row for row, reason in enumerate(reasons) if not reason]
+        self._refuse(headers, reasons)
+        if accepted:
+            rows = []
+            for row, location in zip(accepted, store(accepted), strict=True):
+                header = headers[row]
+                runs = [[list(run) for run in rollout] for rollout in header.runs]
+                rows.append([*header.id, header.tokens, runs, list(location)])
+            self.do("generated", rows=rows)
+        return [
+            Receipt(id=header.id, accepted=not reason, reason=reason)
+            for header, reason in zip(headers, reasons, strict=True)
+        ]
+
+    def _not_held(self, header: GroupHeader, epoch: int) -> str:
+        draw = self.state.draws.get(header.id.draw)
+        if draw is not None and (draw.attempt, draw.epoch) == (header.id.attempt, header.lease_epoch):
+            return f"{header.id} is stored already"
+        return f"fenced: the lease of {header.id} under epoch {header.lease_epoch} has ended (caller's epoch {epoch})"
+
+    def _bad_group(self, header: GroupHeader) -> str:
+        draw, versions = self.state.draws[header.id.draw], self.state.versions
+        if header.n != self.config.group_size:
+            return f"{header.id} has {header.n} rollouts, not group_size = {self.config.group_size}"
+        sampled = {run.version for rollout in header.runs for run in rollout}
+        if sampled and min(sampled) < draw.min_version:
+            return f"{header.id} has tokens of version {min(sampled)}, but was leased from {draw.min_version} on"
+        if unknown := sampled - versions.announced:
+            return f"{header.id} has tokens of version {max(unknown)}, which was never announced"
+        return ""
+
+    def _refuse(self, headers: Sequence[GroupHeader], reasons: Sequence[str]) -> None:
+        """What is not held is booked where the lost lease was; what is held but wrong ends its lease."""
+        late = []
+        for header, reason in zip(headers, reasons, strict=True):
+            if not reason:
+                continue
+            hold = self.state.leases.holder(*header.id, header.lease_epoch)
+            if hold is not None and self._bad_group(header):
+                self.fail([(self.state.draws[hold.draw], header.tokens)], "invalid")
+            elif hold is None:
+                late.append(header)
+        self._book_late(late)
+
+    def _book_late(self, headers: Sequence[GroupHeader]) -> None:
+        for header in headers:
+            meter = self.state.books.meters.get(header.lease_epoch)
+            if meter is not None and header.tokens > meter.fenced.get(header.id, ("", header.tokens))[1]:
+                self.do("late", epoch=header.lease_epoch, rows=[[*header.id, header.tokens]])
+
+    def heartbeat(self, worker: str, *, epoch: int, progress: Mapping[GroupId, int], generated: int) -> list[GroupId]:
+        """Renew what made progress; returns the groups to give up."""
+        entry = self.state.workers.get(worker)
+        self.current(worker, epoch, Role(entry.role) if entry else Role.GENERATION)
+        meter = self.state.books.meters[epoch]
+        rows = [[*group, tokens] for group, tokens in progress.items() if self._news(group, tokens, epoch)]
+        if rows or generated - meter.base > meter.counter:
+            self.do("heard", worker=worker, epoch=epoch, generated=generated, progress=rows)
+        lost = [group for group in progress if not self._mine(group, epoch)]
+        lost += [GroupId(*key) for key in meter.fenced if key not in meter.told and key not in progress]
+        meter.told.update(meter.fenced)
+        return lost
+
+    def _news(self, group: GroupId, tokens: int, epoch: int) -> bool:
+        hold = self.state.leases.holder(*group, epoch) or self.state.judgings.holder(*group, epoch)
+        if hold is not None:
+            return tokens > hold.progress
+        fenced = self.state.books.meters[epoch].fenced
+        return group in fenced and tokens > fenced[group][1]
+
+    def _mine(self, group: GroupId, epoch: int) -> bool:
+        """Held, or put a moment ago."""
+        draw = self.state.draws.get(group.draw)
+        if draw is None or draw.attempt != group.attempt:
+            return False
+        if self.state.judgings.holder(*group, epoch):
+            return True
+        return draw.epoch == epoch and draw.state is not State.WAITING

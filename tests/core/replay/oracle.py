@@ -1,0 +1,117 @@
+"""What must hold in the small world after every action, by what the world itself remembers."""
+
+from collections import Counter
+from typing import Any
+
+from millrace.core.replay.config import QueueConfig
+from millrace.core.replay.draws import LIVE, OPEN, State
+from millrace.core.replay.ledger import Ledger
+from millrace.core.types import GroupId
+from tests.core.replay.cast import Budget, Engine
+
+
+class Oracle:
+    """The invariants of the ledger, and an independent account of lag."""
+
+    config: QueueConfig
+    ledger: Ledger
+    budget: Budget
+    engines: list[Engine]
+    judges: dict[str, tuple[int, list[GroupId]]]
+    history: list[list[GroupId]]  # the surviving batches
+    path: list[int]  # the surviving history as nodes of a tree
+    paths: list[tuple[int, ...]]  # version -> its path from the start
+    true_counters: dict[int, int]  # worker epoch -> tokens its engine really sampled
+    committed: int
+    returned: int
+    forked: bool
+    now: float
+    epoch: int
+    pending: Any
+    taken: Any
+
+    def lag(self, version: int, step: int) -> int:
+        """The distance in the tree of all histories between two weights."""
+        there, here = self.paths[version], self.path[: step + 1]
+        common = 0
+        while common < min(len(there), len(here)) and there[common] == here[common]:
+            common += 1
+        return (len(there) - common) + (step + 1 - common)
+
+    def _check_fresh(self, step: int, entries: list, open_before: set[int]) -> None:
+        for entry in entries:
+            runs = [run for own in self.ledger.state.draws[entry.draw].runs for run in own]
+            lags = [self.lag(run[0], step) for run in runs]
+            assert lags == entry.lags, f"draw {entry.draw}: lags {entry.lags}, really {lags}"
+            if self.config.stale in ("wait", "drop"):
+                assert max(lags) <= self.config.max_lag, f"draw {entry.draw} has lag {max(lags)} in step {step}"
+        if self.config.max_lag == 0:
+            order = [entry.draw for entry in entries]
+            assert order == sorted(open_before)[: len(order)], (
+                f"{order} is not the lease order of {sorted(open_before)}"
+            )
+
+    def check(self) -> None:
+        state, config = self.ledger.state, self.config
+        counts = Counter(draw.state for draw in state.draws.values())
+        for name in (*LIVE, State.WAITING, State.TRAINED):
+            assert counts[name] == state.counts[name], f"{counts[name]} draws are {name}, {state.counts[name]} counted"
+        assert sum(state.counts.values()) == state.next_draw, "a draw is in no state, or in two"
+        assert all(count >= 0 for count in state.counts.values())
+        assert sorted(state.waiting) == sorted(i for i, d in state.draws.items() if d.state is State.WAITING)
+        assert set(state.generated) == {i for i, d in state.draws.items() if d.state is State.GENERATED}
+        assert set(state.scored) == {i for i, d in state.draws.items() if d.state is State.SCORED}
+        assert set(state.leases.held) == {i for i, d in state.draws.items() if d.state is State.LEASED}
+        assert set(state.judgings.held) == {i for i, d in state.draws.items() if d.state is State.JUDGING}
+        assert state.due == Counter(d.deadline for d in state.draws.values() if d.state in OPEN)
+        assert state.ready == Counter(d.deadline for d in state.draws.values() if d.state is State.SCORED)
+        # exactly once, and the pointer moves with the draws
+        trained = [group.draw for batch in self.history for group in batch]
+        assert len(set(trained)) == len(trained), f"a draw is trained twice in {self.history}"
+        size = config.groups_per_step
+        assert state.step == len(self.history)
+        assert state.commits[-1].step == self.committed
+        assert state.counts[State.COMMITTED] == size * self.committed, "the commit moved more or less than its draws"
+        assert state.counts[State.TRAINED] == size * (state.step - self.committed)
+        assert sum(state.lags.values()) == size * config.group_size * state.step
+        assert state.live + size * state.step <= size * config.steps + self.returned, "more draws than the run can use"
+        if config.stale == "wait" and not self.forked:
+            assert not state.counts[State.STALE], "the rule `wait` gave a group up though history never forked"
+        self._check_books()
+
+    def _check_books(self) -> None:
+        books = self.ledger.state.books
+        table = books.table()
+        assert table["unaccounted"] == 0, table
+        assert all(tokens >= 0 for tokens in table.values()), table
+        for epoch, meter in books.meters.items():
+            true = self.true_counters.get(epoch, 0)
+            assert max(meter.known, meter.counter) <= true, f"{meter} of an engine that sampled {true} tokens"
+
+    def key(self) -> tuple:
+        """What the future depends on; equal keys need only be explored once."""
+        state = self.ledger.state
+        draws = tuple(
+            (d.index, d.state, d.attempt, d.failures, d.requeues, d.epoch, d.min_version, d.deadline, str(d.runs))
+            for d in state.draws.values()
+        )
+        details = tuple(
+            (d.step, d.judge_failures, d.judge_expiries, d.shunned, d.rule, max(0.0, d.shun_until - self.now))
+            for d in state.draws.values()
+        )
+        holds = tuple(
+            (h.draw, h.epoch, h.progress, h.deadline - self.now, h.granted_at - self.now)
+            for leases in (state.leases, state.judgings)
+            for h in leases.held.values()
+        )
+        batches = tuple((k, str(b.entries), str(b.filtered), b.trained is None) for k, b in state.batches.items())
+        engines = tuple(
+            (e.epoch, e.version, tuple((h.id, h.epoch, str(h.runs), h.known, h.seen_at - self.now) for h in e.hands))
+            for e in self.engines
+        )
+        gone = tuple((h.id, h.epoch) for e in self.engines for h in e.old)
+        judges = tuple((epoch, tuple(hands)) for epoch, hands in self.judges.values())
+        learner = (self.epoch, self.pending, str(self.taken), state.step, self.committed, tuple(self.paths))
+        queues = (tuple(state.generated), tuple(state.scored), tuple(sorted(state.waiting)), state.next_draw)
+        faults = tuple(getattr(self.budget, name) for name in Budget.__slots__)
+        return draws, details, holds, batches, engines, gone, judges, learner, queues, faults, state.versions.newest

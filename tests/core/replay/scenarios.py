@@ -1,0 +1,88 @@
+"""Small worlds that together reach every rule."""
+
+from collections.abc import Callable
+
+from millrace.core.replay.config import QueueConfig
+from tests.core.replay.cast import Budget
+from tests.core.replay.world import World
+
+_BASE = {
+    "groups_per_step": 1,
+    "group_size": 1,
+    "steps": 2,
+    "max_lag": 1,
+    "start_s": 10,
+    "lease_s": 10,
+    "lease_cap_s": 15,
+    "judge_lease_s": 10,
+    "judge_cap_s": 20,
+}
+
+
+def config(**changes: object) -> QueueConfig:
+    return QueueConfig.model_validate({**_BASE, **changes})
+
+
+def scene(
+    queue: QueueConfig, *, forgetful: bool = False, engines: int = 1, judges: int = 1, **faults: int
+) -> Callable[[], World]:
+    return lambda: World(queue, engines=engines, judges=judges, forgetful=forgetful, budget=Budget(**faults))
+
+
+SCENES = {
+    "plain": scene(config(), work=1),
+    "synchronous": scene(config(groups_per_step=2, max_lag=0), filter=1),
+    "synchronous, restarts": scene(config(max_lag=0), learner_crash=2, filter=1),
+    "synchronous, forgetful filter": scene(
+        config(groups_per_step=2, max_lag=0, steps=1), forgetful=True, learner_crash=1, filter=2
+    ),
+    "restart": scene(config(), learner_crash=1),
+    "engine faults": scene(config(max_lag=0), crash=1, tick=2, late=1, work=1),
+    "wedged engine": scene(config(max_lag=0, steps=1), tick=3, work=2, beat=1, late=1),
+    "two engines": scene(config(max_lag=0, groups_per_step=2, steps=1), engines=2, crash=1, late=1),
+    "leaving": scene(config(max_lag=0, steps=1), engines=2, leave=1, crash=1, late=1, work=1),
+    "judges": scene(
+        config(group_size=3, max_lag=0, steps=1, judge_expiries=1), judges=2, judge_fail=2, tick=2, judge_crash=1
+    ),
+    "dying draws": scene(config(attempts=1, max_lag=0), crash=2, tick=1),
+    "lag 2": scene(config(steps=3, max_lag=2), work=1),
+    "drop": scene(config(steps=3, stale="drop")),
+    "requeue": scene(config(steps=3, stale="requeue", requeues=1)),
+    "mask": scene(config(steps=3, stale="mask")),
+    "train": scene(config(steps=3, stale="train")),
+}
+
+_FAULTS = {
+    "crash": 2,
+    "judge_crash": 2,
+    "learner_crash": 2,
+    "tick": 6,
+    "late": 4,
+    "judge_fail": 3,
+    "filter": 3,
+    "work": 8,
+}
+_FAULTS |= {"beat": 3, "leave": 2}
+
+# Larger, for random walks: too many states to visit all.
+LARGE = {
+    f"{stale}, lag {lag}": scene(
+        config(
+            groups_per_step=size, group_size=2, steps=4, max_lag=lag, stale=stale, requeues=stale == "requeue", **more
+        ),
+        engines=3,
+        judges=2,
+        forgetful=forget,
+        **_FAULTS,
+    )
+    for stale, lag, size, forget, more in [
+        ("wait", 0, 3, False, {}),
+        ("wait", 1, 2, True, {"selector": "freshest"}),
+        ("wait", 2, 2, False, {"keep_commits": 2}),
+        ("wait", 3, 1, True, {"attempts": 1}),
+        ("drop", 1, 2, True, {"min_groups": 3}),
+        ("requeue", 1, 2, False, {"stale_then": "mask"}),
+        ("mask", 0, 2, True, {}),
+        ("train", 2, 2, False, {"selector": "deadline"}),
+    ]
+}

@@ -1,0 +1,398 @@
+"""A small world around the production ledger: engines, judges and a learner that crash, repeat and come late."""
+
+from collections import Counter
+from functools import partial
+from math import ceil
+
+from millrace.core.errors import Fenced
+from millrace.core.protocols import Feedback, Role
+from millrace.core.replay.config import QueueConfig
+from millrace.core.replay.draws import OPEN, State
+from millrace.core.replay.ledger import Ledger
+from millrace.core.types import GroupId, GroupVerdict, Verdict
+from tests.core.replay.cast import BROKEN, OK, Budget, Engine, Hand
+from tests.core.replay.oracle import Oracle
+
+_CONFIGS: dict[int, QueueConfig] = {}  # clones of a world share its configuration; only what changes is copied
+
+
+class World(Oracle):
+    def __init__(
+        self,
+        config: QueueConfig,
+        *,
+        engines: int = 1,
+        judges: int = 1,
+        budget: Budget,
+        tick_s: float = 6.0,
+        record: bool = False,
+        forgetful: bool = False,  # the restarted learner's filter does not know what the earlier one threw out
+    ):
+        _CONFIGS[id(config)] = config
+        self.config, self.budget, self.tick_s = config, budget, tick_s
+        self.now = 0.0
+        self.records: list[dict] | None = [] if record else None
+        self.ledger = Ledger(config, clock=self.clock, emit=self.emit)
+        self.engines = [Engine(f"generation-{i}") for i in range(engines)]
+        self.judges = {f"reward-{i}": (0, []) for i in range(judges)}
+        self.true_counters: dict[int, int] = {}  # worker epoch -> tokens its engine really sampled
+        self.epoch = self.ids = 0
+        self.taken: list[GroupId] | None = None
+        self.pending: int | None = None  # version to announce
+        self.history: list[list[GroupId]] = []  # surviving: the batch of each step
+        self.recorded: dict[int, list[GroupId]] = {}
+        self.path: list[int] = []  # surviving history as nodes of a tree
+        self.node = 0
+        self.paths: list[tuple[int, ...]] = []  # version -> its path from the start
+        self.accepted: set[GroupId] = set()
+        self.committed = 0
+        self.forked = False
+        self.rejects: set[GroupId] = set()  # what the recipe's filter throws out; the same after a restart
+        self.returned = 0  # groups that a filter threw out and a restart may bring back
+        self.forgetful = forgetful
+        for engine in self.engines:
+            self._enter(engine)
+        for name in self.judges:
+            self.judges[name] = (self.ledger.join(name, role=Role.REWARD, slots=4), [])
+        self._learner_joins()
+
+    def __getstate__(self) -> dict:
+        own = {name: value for name, value in self.__dict__.items() if name not in ("config", "ledger")}
+        return {**own, "image": (id(self.config), self.ledger.state)}
+
+    def __setstate__(self, own: dict) -> None:
+        number, state = own.pop("image")
+        self.__dict__.update(own)
+        self.config = _CONFIGS[number]
+        self.ledger = Ledger.__new__(Ledger)
+        self.ledger.config, self.ledger.state = self.config, state
+        self.ledger.clock, self.ledger.emit = self.clock, self.emit
+
+    def clock(self) -> float:
+        return self.now
+
+    def emit(self, record: dict) -> None:
+        if self.records is not None:
+            self.records.append(record)
+
+    # -- what can be done
+
+    def actions(self) -> list[tuple]:
+        state, budget, out = self.ledger.state, self.budget, []
+        for i, engine in enumerate(self.engines):
+            if engine.version < state.versions.newest:
+                out.append(("load", i))
+            if self.ledger.room(engine.version) > 0:
+                out.append(("lease", i))
+            out += [("put", i, h) for h in range(len(engine.hands))]
+            if engine.hands and budget.work:
+                out.append(("work", i))
+            if engine.hands and budget.beat:
+                out.append(("beat", i))
+            if budget.crash and (engine.hands or engine.old):
+                out.append(("crash", i))
+            if budget.late and engine.old:
+                out.append(("late", i))
+            if budget.leave and engine.hands:
+                out.append(("leave", i))
+        for name, (_, hands) in self.judges.items():
+            if state.generated:
+                out.append(("judge", name))
+            out += [("score", name, h) for h in range(len(hands))]
+            if budget.judge_fail:
+                some = {1, max(1, self.config.group_size - 1)}
+                out += [("judge_fail", name, h, broken) for h in range(len(hands)) for broken in sorted(some)]
+            if budget.judge_crash and hands:
+                out.append(("judge_crash", name))
+        if state.leases.held or state.judgings.held:
+            out += [("tick",)] if budget.tick else []
+        return out + self._learner_actions()
+
+    def _learner_actions(self) -> list[tuple]:
+        state, budget, out = self.ledger.state, self.budget, []
+        if self.pending is not None:
+            out.append(("announce",))
+        if state.step < self.config.steps:
+            if self.taken is None:
+                out.append(("take",))
+            elif self.pending is None:
+                out.append(("train",))
+            if self.taken and budget.filter:
+                out.append(("filter",))
+        if state.step > self.committed and self.pending is None:
+            out.append(("commit",))
+        if budget.learner_crash and (state.step > self.committed or self.taken):
+            out.append(("learner_crash",))
+        return out
+
+    def do(self, action: tuple) -> bool:
+        """Make one action, then check everything. False: it had no effect."""
+        effect = getattr(self, f"_do_{action[0]}")(*action[1:])
+        self.check()
+        return effect is not False
+
+    def done(self) -> bool:
+        return self.ledger.finished and self.committed == self.config.steps
+
+    # -- engines
+
+    def _enter(self, engine: Engine) -> None:
+        engine.old = [*engine.old, *engine.hands][-2:]
+        engine.hands, engine.version = [], -1
+        engine.epoch = self.ledger.join(engine.name, role=Role.GENERATION, slots=8, generated=engine.counter)
+        self.true_counters[engine.epoch] = 0
+
+    def _sample(self, engine: Engine, hand: Hand) -> None:
+        hand.runs.append(engine.version)
+        engine.counter += 1
+        self.true_counters[hand.epoch] += 1
+
+    def _do_load(self, i: int) -> None:
+        self.engines[i].version = self.ledger.state.versions.newest
+
+    def _do_lease(self, i: int, want: int = 1) -> None:
+        engine = self.engines[i]
+        state = self.ledger.state
+        lag = self.lag(engine.version, state.step)
+        due = state.step + self.config.max_lag - lag
+        places = Counter(draw.step for draw in state.draws.values() if draw.state is State.IN_STEP)
+        ahead = sum(min(self.config.groups_per_step, places[step]) for step in places if step <= due)
+        live = ahead + sum(draw.state in OPEN for draw in state.draws.values())
+        self.ids += 1
+        call = {"epoch": engine.epoch, "version": engine.version, "want": want, "request": f"r{self.ids}"}
+        groups = self.ledger.lease_draws(engine.name, **call)
+        again = self.ledger.lease_draws(engine.name, **call)
+        assert groups == again, f"a repeated request got {again} after {groups}"
+        for ahead, group in enumerate(groups, live):
+            bound = lag + ceil((ahead + 1) / self.config.groups_per_step) - 1
+            assert bound <= self.config.max_lag, f"{group} was admitted at {bound} > max_lag"
+            hand = Hand(group, engine.epoch, [], self.now, self.now)
+            self._sample(engine, hand)
+            engine.hands.append(hand)
+
+    def _do_work(self, i: int, tokens: int = 1) -> None:
+        """A token for each group, then a heartbeat."""
+        self.budget.work -= 1
+        engine = self.engines[i]
+        for hand in engine.hands:
+            for _ in range(tokens):
+                self._sample(engine, hand)
+        self.beat(engine)
+
+    def _do_beat(self, i: int) -> None:
+        """A wedged engine: its worker lives and reports, but there are no new tokens."""
+        self.budget.beat -= 1
+        self.beat(self.engines[i])
+
+    def beat(self, engine: Engine) -> None:
+        progress = {hand.id: len(hand.runs) for hand in engine.hands}
+        self.ledger.expire()
+        lost = self.ledger.heartbeat(engine.name, epoch=engine.epoch, progress=progress, generated=engine.counter)
+        for hand in engine.hands:
+            if len(hand.runs) > hand.known:
+                hand.seen_at, hand.known = self.now, len(hand.runs)
+        engine.old += [hand for hand in engine.hands if hand.id in lost]
+        engine.old = engine.old[-2:]
+        engine.hands = [hand for hand in engine.hands if hand.id not in lost]
+
+    def _put(self, engine: Engine, hand: Hand, epoch: int) -> list:
+        self.ledger.expire()
+        return self.ledger.put_groups(
+            engine.name,
+            epoch=epoch,
+            headers=[hand.header(self.config.group_size)],
+            store=lambda rows: [(hand.id.draw, row) for row in rows],
+        )
+
+    def _do_put(self, i: int, h: int) -> None:
+        engine = self.engines[i]
+        hand = engine.hands.pop(h)
+        self._sample(engine, hand)
+        self.ledger.expire()
+        hold = self.ledger.state.leases.held.get(hand.id.draw)
+        held = hold is not None and (hold.draw, hold.attempt) == hand.id and hand.epoch == engine.epoch
+        (receipt,) = self._put(engine, hand, engine.epoch)
+        assert receipt.accepted == held, f"{receipt} although its lease {'goes on' if held else 'has ended'}"
+        if receipt.accepted:
+            assert hand.id not in self.accepted, f"{hand.id} accepted twice"
+            self.accepted.add(hand.id)
+        engine.old = [*engine.old, hand][-2:]
+
+    def _do_late(self, i: int) -> None:
+        """A group that was put already, or whose worker has been fenced, comes again."""
+        self.budget.late -= 1
+        engine = self.engines[i]
+        hand = engine.old.pop()
+        (receipt,) = self._put(engine, hand, engine.epoch)
+        assert not receipt.accepted and receipt.reason, f"{hand.id} of epoch {hand.epoch} was accepted late"
+        if hand.epoch != engine.epoch:
+            try:
+                self._put(engine, hand, hand.epoch)
+            except Fenced:
+                return
+            raise AssertionError("an ended epoch may still put")
+
+    def _do_crash(self, i: int) -> None:
+        self.budget.crash -= 1
+        ended = self.engines[i].epoch
+        self._enter(self.engines[i])
+        assert not self.ledger.state.leases.of(ended), f"epoch {ended} has ended and still holds leases"
+
+    def _do_leave(self, i: int) -> None:
+        self.budget.leave -= 1
+        engine = self.engines[i]
+        abandoned = {hand.id: len(hand.runs) for hand in engine.hands}
+        call = {"epoch": engine.epoch, "generated": engine.counter, "abandoned": abandoned}
+        self.ledger.leave(engine.name, **call)
+        self.ledger.leave(engine.name, **call)
+        self._enter(engine)
+
+    def _do_tick(self) -> None:
+        self.budget.tick -= 1
+        self.now += self.tick_s
+        before = {
+            draw.index: (draw.attempt, draw.judge_expiries)
+            for draw in self.ledger.state.draws.values()
+            if draw.state is State.JUDGING
+        }
+        self.ledger.expire()
+        for index, (attempt, expiries) in before.items():
+            draw = self.ledger.state.draws[index]
+            kept = draw.state in (State.JUDGING, State.GENERATED) and draw.attempt == attempt
+            assert kept or expiries >= self.config.judge_expiries, f"draw {index} is generated again for its judge"
+        for hold in self.ledger.state.leases.held.values():
+            hand = next((h for e in self.engines for h in e.hands if h.id == (hold.draw, hold.attempt)), None)
+            if hand is not None:
+                quiet = self.now - hand.seen_at
+                assert quiet < self.config.lease_s, f"{hand.id} made no progress for {quiet} s and is still leased"
+                assert self.now - hand.granted_at < self.config.lease_cap_s, f"{hand.id} outlived the cap"
+
+    # -- judges
+
+    def _do_judge(self, name: str, want: int = 1) -> bool:
+        epoch, hands = self.judges[name]
+        self.ids += 1
+        groups = self.ledger.lease_groups(name, epoch=epoch, want=want, request=f"j{self.ids}")
+        hands.extend(groups)
+        return bool(groups)
+
+    def _verdict(self, name: str, h: int, members: tuple[Verdict, ...]) -> None:
+        epoch, hands = self.judges[name]
+        group = hands.pop(h)
+        draw = self.ledger.state.draws.get(group.draw)
+        verdict = GroupVerdict(id=group, verdicts=members)
+        (receipt,) = self.ledger.put_verdicts(name, epoch=epoch, verdicts=[verdict])
+        if receipt.accepted and draw is not None and draw.state is State.SCORED:
+            assert [one[1] for one in draw.verdicts] == [one.score for one in members], "a failed judge became a score"
+            valid = sum(one.score is not None for one in members)
+            assert valid >= min(2, self.config.group_size), f"{group} is scored with {valid} valid verdicts"
+        (again,) = self.ledger.put_verdicts(name, epoch=epoch, verdicts=[verdict])
+        assert not again.accepted, f"the verdicts of {group} were accepted twice"
+
+    def _do_score(self, name: str, h: int) -> None:
+        self._verdict(name, h, (OK,) * self.config.group_size)
+
+    def _do_judge_fail(self, name: str, h: int, broken: int) -> None:
+        self.budget.judge_fail -= 1
+        self._verdict(name, h, (OK,) * (self.config.group_size - broken) + (BROKEN,) * broken)
+
+    def _do_judge_crash(self, name: str) -> None:
+        self.budget.judge_crash -= 1
+        self.judges[name] = (self.ledger.join(name, role=Role.REWARD, slots=4), [])
+
+    # -- the learner
+
+    def _learner_joins(self) -> None:
+        resumption = self.ledger.join_learner()
+        assert resumption.step == self.committed, "the learner resumes where no commit was"
+        self.epoch = resumption.epoch
+        self.history = self.history[: resumption.step]
+        self.path = self.path[: resumption.step + 1] or [0]
+        self.taken = None
+        self._reserve(resumption.version)
+
+    def _reserve(self, version: int) -> None:
+        assert version == len(self.paths), f"version {version} was used before"
+        self.paths.append(tuple(self.path))
+        self.pending = version
+
+    def _do_announce(self) -> None:
+        self.ledger.announce(version=self.pending, epoch=self.epoch)
+        self.pending = None
+
+    def _do_take(self) -> bool:
+        step = self.ledger.state.step
+        known = step in self.ledger.state.batches
+        open_before = {index for index, draw in self.ledger.state.draws.items() if draw.state in OPEN}
+        before = dict(self.ledger.state.counts)
+        entries = self._take_filtered(step)
+        if entries is None:
+            return self.ledger.state.counts != before
+        ids = [GroupId(entry.draw, entry.attempt) for entry in entries]
+        again = [GroupId(e.draw, e.attempt) for e in self.ledger.take(step=step, epoch=self.epoch)]
+        assert ids == again, f"take({step}) gave {ids}, then {again}"
+        assert len(set(ids)) == len(ids) == self.config.groups_per_step
+        if step in self.recorded:
+            kept = self.recorded[step][: len(ids)]
+            assert ids[: len(kept)] == kept, f"step {step} was {kept} and is redone with {ids}"
+        self.recorded[step] = ids
+        if not known:
+            self._check_fresh(step, entries, open_before)
+        self.taken = ids
+        return True
+
+    def _take_filtered(self, step: int) -> list | None:
+        """Take, and filter again what the recipe's filter threw out before a restart."""
+        while entries := self.ledger.take(step=step, epoch=self.epoch):
+            gone = {(e.draw, e.attempt) for e in entries} & self.rejects
+            if not gone:
+                return entries
+            self.ledger.filtered(step=step, epoch=self.epoch, groups={GroupId(*g): "zero" for g in gone})
+        return None
+
+    def _do_filter(self) -> None:
+        self.budget.filter -= 1
+        step = self.ledger.state.step
+        gone = self.taken[0]
+        for _ in range(2):
+            self.ledger.filtered(step=step, epoch=self.epoch, groups={gone: "zero"})
+        self.rejects.add(gone)
+        self.returned += 1
+        self.recorded[step] = self.taken[1:]
+        self.taken = None
+
+    def _do_train(self) -> None:
+        step = self.ledger.state.step
+        tokens = sum(self.ledger.state.draws[group.draw].tokens for group in self.taken)
+        masked = min(1, tokens) if self.ledger.masks else 0
+        feedback = Feedback(trained_tokens=tokens - masked, masked_tokens=masked)
+        version = self.ledger.trained(step=step, epoch=self.epoch, feedback=feedback)
+        assert self.ledger.trained(step=step, epoch=self.epoch, feedback=feedback) == version
+        self.history.append(self.taken)
+        self.node += 1
+        self.path.append(self.node)
+        self.taken = None
+        self._reserve(version)
+
+    def _do_commit(self) -> None:
+        step = self.ledger.state.step
+        call = {"step": step, "directory": f"step_{step}.{self.epoch}", "digest": "d", "epoch": self.epoch}
+        self.ledger.commit(**call)
+        self.ledger.commit(**call)
+        self.committed = step
+
+    def _do_learner_crash(self) -> None:
+        self.budget.learner_crash -= 1
+        self.forked = True
+        old, step = self.epoch, self.ledger.state.step
+        if self.forgetful:
+            self.rejects = set()
+            self.recorded = {k: ids for k, ids in self.recorded.items() if k < self.committed}
+        self._learner_joins()
+        for late in (self.ledger.take, partial(self.ledger.commit, directory="late", digest="d")):
+            try:
+                late(step=step, epoch=old)
+            except Fenced:
+                continue
+            raise AssertionError("a learner that was replaced may still take or commit")
+        self._do_announce()
