@@ -123,7 +123,9 @@ class Queue(Protocol):
 
     async def lease_draws(
         self, worker: WorkerId, *, epoch: int, version: int, want: int, request: str, wait_s: float
-    ) -> Grant: ...
+    ) -> Grant:
+        """Draws to generate; also returns, empty-handed, when a newer version than `version` is announced."""
+        ...
 
     async def put_groups(self, worker: WorkerId, *, epoch: int, pack: bytes, request: str) -> Sequence[Receipt]:
         """Accept finished groups; durable when it returns. Never waits for room: the lease reserved it."""

@@ -153,8 +153,8 @@ class DrawRules(Transaction):
         sampled = {run.version for rollout in header.runs for run in rollout}
         if sampled and min(sampled) < draw.min_version:
             return f"{header.id} has tokens of version {min(sampled)}, but was leased from {draw.min_version} on"
-        if unknown := sampled - versions.announced:
-            return f"{header.id} has tokens of version {max(unknown)}, which was never announced"
+        if unknown := [version for version in sampled if not versions.known(version)]:
+            return f"{header.id} has tokens of version {max(unknown)}, which was never reserved"
         return ""
 
     def _refuse(self, headers: Sequence[GroupHeader], reasons: Sequence[str]) -> None:

@@ -4,8 +4,10 @@ A *record* is plain data (str, int, float, bool, None, lists and dicts with str 
 table or a line of JSON. Applying a journal's records to a fresh ledger, in order, reproduces the ledger.
 """
 
+import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 Record = dict[str, Any]
 Location = tuple[int, int]  # (segment, row in it)
@@ -28,6 +30,10 @@ class Journal(Protocol):
 
     def load(self, location: Location) -> tuple[bytes, int]:
         """The pack that holds the row, and its number in it."""
+        ...
+
+    def holds(self, location: Location) -> bool:
+        """Whether the row is there: it was stored, survived, and was not forgotten."""
         ...
 
     def forget(self, location: Location) -> None:
@@ -76,6 +82,10 @@ class MemoryJournal:
         segment, row = location
         return self._packs[segment], row
 
+    def holds(self, location: Location) -> bool:
+        segment, row = location
+        return row in self._rows.get(segment, ())
+
     def forget(self, location: Location) -> None:
         segment, row = location
         rows = self._rows.get(segment)
@@ -92,3 +102,35 @@ class MemoryJournal:
     def bytes(self) -> int:
         """Of the packs it still holds."""
         return sum(len(pack) for pack in self._packs.values())
+
+
+class LineJournal(MemoryJournal):
+    """Records in a file, a line of JSON each; payloads in memory.
+
+    After a crash the ledger knows every draw again. Groups that were not committed have lost their payload and are
+    drawn again. A line that a crash tore is left out, and written over.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Args: path of the file. It is opened by `records`: until then the journal can go to another process."""
+        super().__init__()
+        self._path = Path(path)
+        self._file: BinaryIO | None = None
+
+    def append(self, record: Record) -> None:
+        assert self._file is not None, "records() is read before anything is appended"
+        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+
+    def records(self) -> Iterator[Record]:
+        whole = self._path.read_bytes().rpartition(b"\n")[:2] if self._path.exists() else (b"", b"")
+        size = sum(map(len, whole))
+        self._file = self._path.open("r+b" if self._path.exists() else "w+b")
+        self._file.truncate(size)
+        self._file.seek(size)
+        # Every segment of an earlier life has a record longer than one byte, so no number is given out twice.
+        self._segments = size
+        return map(json.loads, whole[0].splitlines())
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()

@@ -75,6 +75,7 @@ class ReplayQueue:
         self._journal: Journal = journal if journal is not None else MemoryJournal()
         self._ledger = Ledger(config, clock=clock, emit=self._journal.append)
         self._ledger.replay(self._journal.records())
+        self._ledger.recover(self._journal.holds)
         self._draws, self._groups, self._batches = Waiters(), Waiters(), Waiters()
         self._idle: dict[str, str] = {}
         self._calls: Counter[str] = Counter()

@@ -311,6 +311,17 @@ class LedgerState:
                 if draw.state is State.SCORED:
                     self.ready[draw.deadline] = self.ready.get(draw.deadline, 0) + 1
 
+    def _lost(self, record: Record, now: float) -> None:
+        for index, _attempt in record["rows"]:
+            draw = self.draws[index]
+            if draw.state is State.IN_STEP:
+                batch = self.batches[draw.step]
+                batch.entries = [entry for entry in batch.entries if entry.draw != index]
+                if not batch.entries:
+                    del self.batches[draw.step]
+                draw.step = -1
+            self._end_attempt(draw, "failed:lost", State.WAITING)
+
     def _undo(self, batch: Batch) -> None:
         """Its optimiser step is no part of history any more; its record stays, to be redone."""
         if batch.trained is not None:

@@ -1,11 +1,12 @@
 """Rules of the learner's side: join, take, filtered, trained, announce, commit, revert."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from millrace.core.errors import LedgerError
 from millrace.core.protocols import Feedback, Resumption
 from millrace.core.replay import selectors
 from millrace.core.replay.draws import OPEN, Batch, Commit, Draw, Entry, State
+from millrace.core.replay.journal import Location
 from millrace.core.replay.selectors import Candidate
 from millrace.core.replay.transaction import Transaction
 from millrace.core.replay.versions import forced, overfull, pick
@@ -28,6 +29,20 @@ class StepRules(Transaction):
             directory=commit.directory,
             digest=commit.digest,
         )
+
+    def recover(self, holds: Callable[[Location], bool]) -> None:
+        """After a restart: groups whose payload did not survive are drawn again, as part of no step.
+
+        Steps after the last commit are undone, since their batches may not be whole; a learner joins afterwards.
+        """
+        state = self.state
+        lost = [
+            d for d in state.draws.values() if d.location and d.state is not State.COMMITTED and not holds(d.location)
+        ]
+        if lost:
+            version = len(state.versions.steps)
+            self.do("rejoined", epoch=state.epoch + 1, step=state.commits[-1].step, version=version)
+            self.do("lost", rows=[[draw.index, draw.attempt] for draw in lost])
 
     # -- batches
 

@@ -41,10 +41,10 @@ class Versions:
             lag = (step - fork) + (its step - fork)
 
         Raises:
-            LedgerError: the version was never announced.
+            LedgerError: the version was never reserved.
 
         >>> versions = Versions(); _ = [versions.reserve(1, s) for s in range(6)]
-        >>> versions.announced.update(range(6)); versions.fork(3)
+        >>> versions.fork(3)
         >>> versions.lag(2, 5), versions.lag(5, 5)
         (3, 4)
         """
@@ -56,11 +56,15 @@ class Versions:
         self.check(version)
         return max_lag + 2 * self.forks[version] - self.steps[version]
 
+    def known(self, version: int) -> bool:
+        """Reserved: its weights may lie in the WeightStore already, a moment before they are announced."""
+        return 0 <= version < len(self.steps)
+
     def check(self, version: int) -> None:
         """Raises LedgerError for a version that nobody can hold."""
-        if version not in self.announced:
+        if not self.known(version):
             raise LedgerError(
-                f"version {version} was never announced; the newest is {self.newest}. "
+                f"version {version} was never reserved; the newest announced is {self.newest}. "
                 "An engine serves only versions it fetched from the WeightStore"
             )
 

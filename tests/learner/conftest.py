@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
+from millrace.learner import attention
 
 torch.set_num_threads(1)
 
@@ -76,7 +77,7 @@ def config_of(name: str) -> PreTrainedConfig:
 def random_model(name: str, seed: int = 0) -> PreTrainedModel:
     """Every parameter random and far from its initial value, so that no term of the forward pass is negligible."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_of(name), attn_implementation="millrace_packed").eval()
+    model = AutoModelForCausalLM.from_config(config_of(name), attn_implementation=attention.NAME).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

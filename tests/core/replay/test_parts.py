@@ -37,7 +37,7 @@ def test_versions_of_several_dead_branches():
     versions.announce(versions.reserve(3, 4))  # 8
     assert [versions.lag(v, 5) for v in (2, 3, 5, 6, 7, 8)] == [3, 2, 4, 2, 1, 1]
     assert all(versions.lag(v, versions.deadline(v, 2)) == 2 for v in range(9))
-    with pytest.raises(LedgerError, match="version 9 was never announced"):
+    with pytest.raises(LedgerError, match="version 9 was never reserved"):
         versions.lag(9, 5)
 
 

@@ -191,7 +191,7 @@ def test_calls_that_wait_are_woken_by_what_they_wait_for():
         groups = schema.decode(await judging)
         await queue.put_verdicts(JUDGE, epoch=rig.judge, verdicts=scored(groups), request="v")
         assert [g.id for g in schema.decode((await taking).pack)] == [lease.id for lease in grant.leases]
-        with pytest.raises(LedgerError, match="version 1 was never announced"):
+        with pytest.raises(LedgerError, match="version 1 was never reserved"):
             await leasing
         leasing = asyncio.create_task(rig.lease(1, wait_s=20))
         await asyncio.sleep(0)
@@ -302,7 +302,7 @@ def test_payloads_of_what_is_given_up_are_freed():
     [
         ({"n": 1}, "has 1 rollouts, not group_size = 2"),
         ({"version": 0}, "tokens of version 0, but was leased from 1 on"),
-        ({"version": 7}, "version 7, which was never announced"),
+        ({"version": 7}, "version 7, which was never reserved"),
     ],
 )
 def test_a_wrong_group_is_refused_and_drawn_again(change, reason):

@@ -90,7 +90,7 @@ def test_the_run_grants_no_draw_it_cannot_use():
         (lambda d: d.take(9), "the run has 2 steps"),
         (lambda d: d.train(0), "it was never taken"),
         (lambda d: d.ledger.announce(version=5, epoch=d.learner), "was not reserved for learner epoch 1"),
-        (lambda d: d.lease(version=1), "version 1 was never announced; the newest is 0"),
+        (lambda d: d.lease(version=1), "version 1 was never reserved; the newest announced is 0"),
     ],
 )
 def test_what_the_rules_forbid_is_named(call, message):

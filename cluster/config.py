@@ -1,0 +1,245 @@
+"""What a run is: one TOML file, typed, with every unknown key refused.
+
+    model = "path/or/hub-id"
+    recipe = "grpo"
+    data = { train = "train.jsonl", held_out = "held_out.jsonl" }
+    rewards.verifier = "my_rewards.py:score"
+    loop = { steps = 200, groups_per_step = 16, group_size = 8, max_lag = 4 }
+    sampling.max_tokens = 256
+
+Relative paths start at the file. A recipe holds a method; model, sizes and machines are the run's.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import Field, field_validator, model_validator
+
+from millrace.actors.datasets.config import DataConfig
+from millrace.actors.evaluation import EvaluationConfig
+from millrace.actors.generation import GenerationConfig
+from millrace.core.config import Config
+from millrace.core.errors import ConfigError, nearest
+from millrace.core.recipe import Recipe, Spec
+from millrace.core.recipe import load as load_recipe
+from millrace.core.references import absolute
+from millrace.core.replay.config import QueueConfig
+from millrace.learner.learner import LearnerConfig
+from millrace.learner.supervised import SupervisedConfig
+from millrace.rewards.worker import RewardConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class SamplingConfig(Config):
+    """How training rollouts are sampled. What the learner cannot reproduce is not offered."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest response."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Log-probabilities are those of the distribution at this temperature, in engine and learner alike."""
+
+
+class GenerationSection(GenerationConfig):
+    """The generation workers: one engine each."""
+
+    workers: int = Field(default=1, ge=1)
+    """Engines."""
+
+    engine: Spec = "vllm"
+    """"vllm", "vllm_async" (an engine that spans GPUs), "transformers" or "table", with its own settings."""
+
+    dtype: Dtype = "float32"
+    """The engines compute in it, and weights are published in it."""
+
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one engine."""
+
+    context: int | None = Field(default=None, ge=1)
+    """Longest prompt and response together, tokens; by default what the data and `sampling` need."""
+
+
+class RewardSection(RewardConfig):
+    """The reward workers, and what they judge by."""
+
+    verifier: Spec | None = None
+    """Instead of the recipe's: a name, "file.py:function" or "package.module:function"."""
+
+
+class EvaluationSection(EvaluationConfig):
+    """Held-out evaluation; it runs when the data name a held-out file. `max_tokens` is sampling's if not given."""
+
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of the evaluator's engine."""
+
+
+class LearnerSection(LearnerConfig):
+    """The learner."""
+
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of the learner."""
+
+
+class RunConfig(Config):
+    """A run."""
+
+    name: str = ""
+    """Of the directory it leaves; by default the file's stem."""
+
+    model: str
+    """A directory that `AutoModelForCausalLM` opens, or a hub id."""
+
+    reference: str | None = None
+    """The model that a recipe's divergence is measured to; frozen."""
+
+    recipe: Recipe
+    """A name in recipes/, a path to a .toml of one's own, or a table."""
+
+    data: DataConfig
+    """Training and held-out rows."""
+
+    loop: QueueConfig
+    """Sizes and bounds of the loop: steps, groups_per_step, group_size, max_lag, stale."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    generation: GenerationSection = GenerationSection()
+    rewards: RewardSection = RewardSection()
+    learner: LearnerSection = LearnerSection()
+    supervised: SupervisedConfig = SupervisedConfig()
+    """Used by recipes that learn from the data's answers instead of rollouts."""
+
+    evaluation: EvaluationSection = EvaluationSection()
+    seed: int = Field(default=0, ge=0)
+    """Of data order, sampling and whatever else is drawn."""
+
+    runs: str = "runs"
+    """The directory that run directories are made in."""
+
+    stall_s: float = Field(default=600.0, gt=0)
+    """A run in which no step ends for so long is stopped with a message that says who waits for whom."""
+
+    @field_validator("model", "reference")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("is empty: give a model directory or a hub id like owner/name")
+        return value
+
+    @model_validator(mode="after")
+    def _names_are_file_names(self) -> Self:
+        if "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name '{self.name}' is not a directory's name: leave out the slashes")
+        return self
+
+    @property
+    def verifier(self) -> Spec | None:
+        """What judges: the run's own choice, else the recipe's."""
+        return self.rewards.verifier or self.recipe.rewards.verifier
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.runs) / self.name
+
+
+def of(table: Mapping[str, Any], *, root: Path, source: str, name: str = "run") -> RunConfig:
+    """A run out of a table, its paths made absolute from `root`.
+
+    Raises:
+        ConfigError: every mistake on a line of its own, with the file, the key and the nearest right one.
+    """
+    if "recipe" not in table:
+        table = {**table, "recipe": "grpo"}
+    recipe = table["recipe"]
+    if isinstance(recipe, str | Mapping):
+        table = {**table, "recipe": load_recipe(recipe, root=root)}
+    config = RunConfig.parse({"name": name, **table}, source=source)
+    data = config.data.model_copy(
+        update={key: _below(root, getattr(config.data, key)) for key in ("train", "held_out")}
+    )
+    rewards = config.rewards
+    if rewards.verifier is not None:
+        rewards = rewards.model_copy(update={"verifier": _anchored(rewards.verifier, root)})
+    return config.model_copy(
+        update={
+            "data": data,
+            "rewards": rewards,
+            "model": _model(config.model, root),
+            "reference": config.reference and _model(config.reference, root),
+            "runs": _below(root, config.runs),
+        }
+    )
+
+
+def load(path: str | Path, *, settings: Sequence[tuple[Sequence[str], Any]] = ()) -> RunConfig:
+    """A run out of a TOML file.
+
+    Args:
+        settings: (dotted key, value) pairs that replace what the file says.
+    Raises:
+        ConfigError: the file is missing or no TOML, or a key or value in it is wrong.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        beside = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: there is no such file{nearest(path.name, beside)}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as caught:
+        raise ConfigError(f"{path}: is not TOML: {caught}") from None
+    for keys, value in settings:
+        _set(table, keys, value)
+    return of(table, root=path.resolve().parent, source=str(path), name=path.stem)
+
+
+def of_directory(directory: str | Path) -> RunConfig:
+    """The configuration that a run directory was started with.
+
+    Raises:
+        ConfigError: it is no run directory.
+    """
+    path = Path(directory).expanduser().resolve() / "config.toml"
+    if not path.is_file():
+        raise ConfigError(f"{directory}: is no run directory, it has no config.toml; give the one that holds the run")
+    return load(path)
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write what was said, resolved, so that `load` gives an equal configuration."""
+    path.write_text(tomli_w.dumps(_without_none(config.model_dump(mode="json", exclude_unset=True))), encoding="utf-8")
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: what is None is left out, and is None by default."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _set(table: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = table.setdefault(key, {})
+        if not isinstance(inner, dict):
+            inner = table[key] = {"name": inner}  # recipe = "grpo" and recipe.objective... = ...
+        table = inner
+    table[keys[-1]] = value
+
+
+def _below(root: Path, value: str | None) -> str | None:
+    return None if value is None else str(root / Path(value).expanduser())
+
+
+def _anchored(spec: Spec, root: Path) -> Spec:
+    if isinstance(spec, str):
+        return absolute(spec, root)
+    return {**spec, "name": absolute(spec["name"], root)}
+
+
+def _model(value: str, root: Path) -> str:
+    """A directory if there is one below `root`, or the value looks like a path; else a hub id as it stands."""
+    path = root / Path(value).expanduser()
+    looks_local = value.startswith((".", "/", "~")) or value.count("/") > 1
+    return str(path) if looks_local or path.exists() else value

@@ -1,0 +1,217 @@
+"""One run, from a plan to its result: start the line, watch it, record it, end it."""
+
+import asyncio
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from millrace.actors.evaluation import Evaluation
+from millrace.cluster.plan import Plan
+from millrace.cluster.progress import Meter
+from millrace.cluster.record import Recorder, plain
+from millrace.cluster.result import evaluated, result
+from millrace.cluster.spawn import Spawn
+from millrace.cluster.wiring import Line, wire
+from millrace.core.errors import DeadlineError, MillraceError, boundary
+from millrace.core.protocols import QueueStatus
+from millrace.learner.report import StepReport
+
+POLL_S = 0.25
+LINE_S = 5.0  # between two progress lines
+LEAVE_S = 60.0  # for workers to see what is in hand through, and leave
+
+
+class Run:
+    """Runs a plan once. Call `execute`; `stop` from anywhere in the same loop ends it in order."""
+
+    def __init__(self, plan: Plan, *, spawn: Spawn, resume: bool, say: Callable[[str], None]) -> None:
+        self._plan = plan
+        self._resume = resume
+        self._spawn = spawn
+        self._say = say
+        self._reports: list[StepReport] = []
+        self._evaluations: list[Evaluation] = []
+        self._waiting: Counter[str] = Counter()
+        self._polls = 0
+        self._stopped = asyncio.Event()
+        self._line: Line | None = None
+
+    async def execute(self) -> Mapping[str, Any]:
+        """Run to the end.
+
+        Returns:
+            What result.json holds.
+        Raises:
+            MillraceError: a component failed; the message names it and the cause.
+        """
+        directory = self._plan.config.directory
+        with Recorder(directory) as record:
+            line = self._line = wire(self._plan, self._spawn)
+            components = {"learner": line.learner, **line.workers}
+            if line.held_out is not None:
+                components["held-out"] = line.held_out
+            tasks = {name: asyncio.ensure_future(_attributed(name, each)) for name, each in components.items()}
+            record.event("started", components=sorted(tasks))
+            try:
+                began = await self._watch(line, tasks, record)
+                await self._end(line, tasks)
+            except MillraceError as caught:
+                record.event("failed", cause=str(caught))
+                raise
+            finally:
+                for task in tasks.values():
+                    task.cancel()
+                await asyncio.gather(*tasks.values(), return_exceptions=True)
+            await self._collect(line, record)
+            return await self._conclude(line, record, time.monotonic() - began)
+
+    async def stop(self) -> None:
+        """Finish the step under way, commit it, and end the run."""
+        self._stopped.set()
+        if self._line is not None:
+            await self._line.learner.stop()
+
+    async def _watch(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> float:
+        """Record what happens until the learner is done. Returns when the first weights were announced."""
+        loop = self._plan.config.loop
+        began = last_step = time.monotonic()
+        meter: Meter | None = None
+        while True:
+            running = [task for task in tasks.values() if not task.done()]
+            await asyncio.wait(running, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks.values():
+                if task.done():
+                    task.result()  # raises what the component raised
+            status: QueueStatus = await line.queue.status()
+            now = time.monotonic()
+            if meter is None:
+                if status.newest_version < 0:
+                    self._refuse_a_stall(now - began, status)
+                    continue
+                began = last_step = now
+                meter = Meter(now)
+                self._say("learner is ready; waiting for the first rollouts")
+            self._polls += 1
+            self._waiting.update(name for name, why in status.idle.items() if why)
+            fresh = await self._collect(line, record)
+            meter.reports += fresh
+            last_step = now if fresh else last_step
+            if tasks["learner"].done():
+                return began
+            self._refuse_a_stall(now - last_step, status)
+            if now - meter.time_s >= LINE_S and status.step:
+                eta_s = (loop.steps - status.step) * (now - began) / status.step
+                newest = self._evaluations[-1] if self._evaluations else None
+                self._say(meter.line(loop, now_s=now, status=status, evaluation=newest, eta_s=eta_s))
+
+    def _refuse_a_stall(self, silent_s: float, status: QueueStatus) -> None:
+        limit_s = self._plan.config.stall_s
+        if silent_s <= limit_s:
+            return
+        idle = "; ".join(f"{name}: {why}" for name, why in status.idle.items()) or "nobody says that it waits"
+        raise DeadlineError(
+            f"step {status.step} did not end in {silent_s:.0f} s (stall_s = {limit_s:g}). Draws: "
+            f"{ {state: many for state, many in status.states.items() if many} }. {idle}. "
+            "Raise stall_s if a step may take so long, or look at what they wait for"
+        )
+
+    async def _collect(self, line: Line, record: Recorder) -> list[StepReport]:
+        """Fetch and record the steps and evaluations since the last time."""
+        reports: list[StepReport] = list(await line.learner.reports(after=len(self._reports)))
+        self._reports += reports
+        for report in reports:
+            record.metrics(report.step, row(report))
+        if line.held_out is not None:
+            for evaluation in await line.held_out.results(after=len(self._evaluations)):
+                self._evaluations.append(evaluation)
+                facts = evaluated(evaluation)
+                record.metrics(evaluation.step, {"held_out/mean": evaluation.mean, "held_out": facts})
+                record.event("evaluated", **facts)
+                if len(self._evaluations) == 1:
+                    self._say(f"held-out before training: {evaluation.mean:.3f}")
+        return reports
+
+    async def _end(self, line: Line, tasks: Mapping[str, asyncio.Future[None]]) -> None:
+        """The learner is done: let the others finish what they have, and leave."""
+        await line.queue.finish()
+        if line.held_out is not None:
+            await line.held_out.finish()
+        others = {name: task for name, task in tasks.items() if name != "learner"}
+        done, late = await asyncio.wait(others.values(), timeout=LEAVE_S)
+        for task in done:
+            task.result()
+        if late:
+            names = ", ".join(name for name, task in others.items() if task in late)
+            self._say(f"{names} did not leave within {LEAVE_S:g} s and will be ended")
+
+    async def _conclude(self, line: Line, record: Recorder, seconds: float) -> Mapping[str, Any]:
+        """Write result.json and model/."""
+        directory = self._plan.config.directory
+        status = await line.queue.status()
+        checkpoint: str | None = await line.learner.checkpoint()
+        if checkpoint is not None:
+            export(Path(checkpoint), directory / "model")
+        found = plain(
+            result(
+                self._plan,
+                ended="stopped" if self._stopped.is_set() else "finished",
+                seconds=seconds,
+                reports=self._reports,
+                evaluations=self._evaluations,
+                status=status,
+                idle_workers={name: self._waiting[name] / max(self._polls, 1) for name in line.workers},
+                checkpoint=checkpoint,
+            )
+        )
+        (directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+        record.event(found["ended"], step=found["steps"])
+        return dict(found)
+
+
+async def _attributed(name: str, component: Any) -> None:
+    with boundary(name):
+        await component.run()
+
+
+def row(report: StepReport) -> dict[str, Any]:
+    """The row of metrics.jsonl of one step."""
+    numbers = report.numbers
+    return {
+        "version": report.version,
+        "reward/mean": report.reward,
+        "reward/std": report.reward_std,
+        "reward/invalid_rollouts": report.invalid_rollouts,
+        "rollout/mean_length": report.length,
+        "rollout/count": report.rollouts,
+        "train/loss": numbers.loss,
+        "train/gradient_norm": numbers.gradient_norm,
+        "train/learning_rate": numbers.learning_rate,
+        "train/entropy": numbers.entropy,
+        "train/tokens": report.tokens,
+        "train/masked_tokens": report.masked_tokens,
+        "train/skipped_groups": report.skipped_groups,
+        **{f"objective/{name}": value for name, value in numbers.metrics.items()},
+        "time/wait_s": report.wait_s,
+        "time/compute_s": report.compute_s,
+        "time/publish_s": report.publish_s,
+        "time/checkpoint_s": report.checkpoint_s,
+        "time/other_s": report.other_s,
+        "time/step_s": report.step_s,
+        **{
+            f"lag_{lag}/{name}": getattr(at_lag, name)
+            for lag, at_lag in numbers.by_lag.items()
+            for name in ("tokens", "k3", "max_gap", "effective_sample_size", "clip_fraction")
+        },
+    }
+
+
+def export(checkpoint: Path, directory: Path) -> None:
+    """The model of a checkpoint, without what only the learner needs."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    private = {"learner", "files.json"}
+    shutil.copytree(checkpoint, directory, ignore=lambda _, names: private.intersection(names))

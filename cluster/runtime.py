@@ -1,0 +1,50 @@
+"""Ray for one job: an embedded local cluster that starts by itself, or one that is already running."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from millrace.core.errors import ConfigError, boundary
+
+# Every process of a run gets these; what the user set stands.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # several processes share the cores of a machine without a GPU
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@contextmanager
+def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[None]:
+    """Connect to the cluster at `address`, or start one on this machine; leave or end it afterwards.
+
+    Raises:
+        ConfigError: no cluster answers at `address`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    variables = {name: os.environ.get(name, value) for name, value in environment.items()}
+    options = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": variables},
+    }
+    if address is None:
+        os.environ.update(variables)
+        with boundary("starting Ray on this machine", ConfigError):
+            ray.init(address="local", include_dashboard=False, **options)
+    else:
+        what = f"joining the Ray cluster at {address} (is it up, and is RAY_AUTH_MODE=token set if it asks for one?)"
+        with boundary(what, ConfigError):
+            ray.init(address=address, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()

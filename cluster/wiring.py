@@ -1,0 +1,121 @@
+"""The line, written once for one process and for Ray.
+
+          ReplayQueue: ledger and queue
+   lease |       ^ put     lease |       ^ put          take |      ^ trained, commit
+         v       |               v       |                   v      |
+    GenerationWorker         RewardWorker                  Learner --- publish --> FileWeightStore
+         ^                                                                              |
+         +---------------------------------- fetch ------------------------------------+----> HeldOut
+
+    GenerationWorker   consumes draws and published weights; waits for admission;     unblocked by trained
+    RewardWorker       consumes generated groups;            waits for a group;       unblocked by put_groups
+    Learner            consumes judged groups;               waits for a full batch;  unblocked by put_verdicts
+    HeldOut            consumes the weights held for it;     waits for the next;      unblocked by publish
+
+Each knows the queue and the store alone, so any of them can come and go without the others noticing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from millrace.actors.datasets.loading import columns
+from millrace.actors.generation import GenerationWorker
+from millrace.actors.prompt_source import DatasetOrder
+from millrace.cluster.held_out import HeldOut
+from millrace.cluster.plan import Plan
+from millrace.cluster.spawn import Spawn
+from millrace.core.replay.journal import LineJournal
+from millrace.core.replay.queue import ReplayQueue
+from millrace.core.weights import FileWeightStore
+from millrace.learner.learner import Learner
+from millrace.rewards.worker import DeferredJudge, RewardWorker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """The components of a run, as handles."""
+
+    queue: Any
+    store: Any
+    learner: Any
+    workers: Mapping[str, Any]  # generation and reward workers, by name
+    held_out: Any | None
+
+
+def wire(plan: Plan, spawn: Spawn) -> Line:
+    """Make the components of a run and connect them. Nothing runs yet."""
+    run, loop = plan.config, plan.config.loop
+    directory = run.directory
+    words = tuple(sorted(columns(plan.prompts) - {"answer"}))
+    hold = {"hold_every": run.evaluation.every, "hold_last": loop.steps} if plan.held_out else {}
+    store = spawn(FileWeightStore, str(directory / "weights"), name="weights", **hold)
+    source = DatasetOrder(plan.prompts, seed=run.seed, shuffle=run.data.shuffle)
+    journal = LineJournal(directory / "ledger.jsonl")
+    queue = spawn(ReplayQueue, loop, source, seed=run.seed, journal=journal, name="queue")
+    learner = spawn(
+        Learner,
+        plan.learner,
+        model=run.model,
+        reference=run.reference,
+        objective=run.recipe.objective,
+        queue=queue,
+        store=store,
+        directory=str(directory / "checkpoints"),
+        steps=loop.steps,
+        temperature=plan.sampling.temperature,
+        max_lag=loop.max_lag,
+        name="learner",
+        gpus=run.learner.gpus,
+    )
+    workers = {**_generation(plan, spawn, queue, store), **_rewards(plan, spawn, queue, words)}
+    held_out = None
+    if plan.held_out:
+        assert plan.verifier is not None
+        held_out = spawn(
+            HeldOut,
+            "held-out",
+            store=store,
+            engine={**plan.engine, "slots": run.evaluation.slots},
+            prompts=plan.held_out,
+            judge=DeferredJudge(plan.verifier, run.model, words, run.rewards),
+            config=plan.evaluation,
+            gpus=run.evaluation.gpus,
+            name="held-out",
+        )
+    return Line(queue=queue, store=store, learner=learner, workers=workers, held_out=held_out)
+
+
+def _generation(plan: Plan, spawn: Spawn, queue: Any, store: Any) -> dict[str, Any]:
+    section = plan.config.generation
+    return {
+        name: spawn(
+            GenerationWorker,
+            name,
+            queue=queue,
+            store=store,
+            engine=plan.engine,
+            config=section,
+            sampling=plan.sampling,
+            gpus=section.gpus,
+            name=name,
+        )
+        for name in (f"generation-{i}" for i in range(section.workers))
+    }
+
+
+def _rewards(plan: Plan, spawn: Spawn, queue: Any, words: tuple[str, ...]) -> dict[str, Any]:
+    run = plan.config
+    return {
+        name: spawn(
+            RewardWorker,
+            name,
+            queue=queue,
+            verifier=plan.verifier,
+            tokenizer=run.model,
+            columns=words,
+            config=run.rewards,
+            name=name,
+        )
+        for name in (f"reward-{i}" for i in range(run.rewards.workers))
+    }

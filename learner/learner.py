@@ -1,0 +1,378 @@
+"""Learner: takes the batch of a step, learns, publishes, commits.
+
+    consumes      batches of judged groups (`take`), in the order the ledger recorded
+    waits for     a full batch, and nothing else
+    unblocked by  reward workers that put verdicts
+
+It begins with the last commit, whose version it publishes and announces before the first batch. Everything that
+computes runs on one thread of its own, so that the event loop answers `status` while a step is under way.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from millrace.core import schema
+from millrace.core.calls import persist
+from millrace.core.errors import LedgerError
+from millrace.core.protocols import Clock, Feedback, Queue, Resumption, Taken, WeightStore
+from millrace.core.recipe import ObjectiveConfig
+from millrace.core.types import Floats, Group, GroupId
+from millrace.learner import checkpoint
+from millrace.learner.assemble import Assembled, Shape, assemble, reward_of, scores
+from millrace.learner.checkpoint import LearnerState, Saved
+from millrace.learner.model import Policy, device_of, load_model, load_tokenizer
+from millrace.learner.objective import Objective
+from millrace.learner.optimiser import Optimiser, OptimiserConfig
+from millrace.learner.publish import PublishedDtype, Publisher
+from millrace.learner.report import LearnerStatus, StepReport
+from millrace.learner.step import StepNumbers, make_step
+
+T = TypeVar("T")
+Keep = Callable[[Group, Floats], str]  # group and its rewards -> "" to keep it, or the rule that filters it
+
+TAKE_WAIT_S = 2.0  # how long one `take` waits; `stop` is noticed within it
+
+
+class LearnerConfig(OptimiserConfig):
+    """The learner of a run."""
+
+    token_budget: PositiveInt = 16_384
+    """Rows of a micro-batch: what one forward and backward pass holds. Lower it when memory runs out."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products. Master weights, log-probabilities and the optimiser are float32."""
+    publish_dtype: PublishedDtype = "float32"
+    """Of published weights: what the engines compute in."""
+    probe_every: PositiveInt = 20
+    """The first published version carries probes, and each so-many-th after it."""
+    checkpoint_every: PositiveInt = 50
+    """Steps between commits. The last step is always committed."""
+    checkpoint_keep: PositiveInt = 2
+    """Checkpoints kept, besides the one with the best mean reward."""
+    seed: NonNegativeInt = 0
+    """Of the learner's random numbers."""
+    threads: PositiveInt | None = None
+    """Of torch on the CPU; None: torch's own choice."""
+    device: str | None = None
+    """As torch names it; None: the GPU if there is one."""
+    queue_deadline_s: PositiveFloat = 300.0
+    """How long a call may stay unanswered while the queue restarts."""
+
+
+class Remembering(Protocol):
+    """Has a memory that belongs into the checkpoint: plain JSON values."""
+
+    def memory(self) -> Mapping[str, Any]: ...
+
+    def restore(self, saved: Mapping[str, Any]) -> None: ...
+
+
+class Learner:
+    """The learner of one run. `run` is the loop; it returns when `steps` are made or `stop` was called.
+
+    Args:
+        config: sizes and the optimiser.
+        model: directory or hub id of the policy at step 0.
+        objective: of the recipe.
+        queue: gives batches.
+        store: takes weights.
+        directory: of checkpoints.
+        steps: of the whole run; None: until stopped.
+        temperature: of sampling.
+        max_lag: above it tokens are masked in batches that say so.
+        reference: directory or hub id of the frozen model that some objectives need.
+        shape: verdicts of a group's valid members -> their rewards.
+        keep: names the rule by which a shaped group is filtered, "" for none.
+        memories: what has memory besides the objective, by name: shapers and filters.
+        on_step: gets the report of each step.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        *,
+        model: str,
+        objective: ObjectiveConfig | Mapping[str, Any],
+        queue: Queue,
+        store: WeightStore,
+        directory: str,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        max_lag: int | None = None,
+        reference: str | None = None,
+        shape: Shape = scores,
+        keep: Keep | None = None,
+        memories: Mapping[str, Remembering] | None = None,
+        on_step: Callable[[StepReport], Awaitable[None]] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._model, self._reference = model, reference
+        self.objective = Objective.of(objective, models=frozenset({"reference"} if reference else ()))
+        self._queue, self._store = queue, store
+        self._directory = directory
+        self._steps = steps
+        self._temperature = temperature
+        self._max_lag = max_lag
+        self._shape, self._keep = shape, keep
+        self._memories: dict[str, Remembering] = {"objective": self.objective, **(memories or {})}
+        self._on_step = on_step
+        self._clock = clock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._stopping = False
+        self._phase, self._phase_began = "loading", clock()
+        self._step = 0
+        self._version = -1
+        self._epoch = 0
+        self._committed: list[tuple[str, float]] = []  # directory, mean reward
+        self._since_commit: list[float] = []  # mean reward of each step
+        self._reports: list[StepReport] = []
+        self._judged: dict[GroupId, tuple[Floats, str]] = {}  # of this step: rewards, and the rule that filters
+        self._spent: dict[str, float] = {}
+
+    async def run(self) -> None:
+        """Join, resume, publish; then take, learn, publish, commit, until the end.
+
+        Raises:
+            ModelError: the model or its tokenizer will not do.
+            TrainingError: a step cannot be made; what was committed stays.
+            Fenced: another learner has joined.
+        """
+        resumption = await self._ask("join_learner", self._queue.join_learner)
+        try:
+            await self._in_thread(lambda: self._open(resumption))
+            self._step, self._version, self._epoch = resumption.step, resumption.version, resumption.epoch
+            await self._publish()
+            while not self._stopping and (self._steps is None or self._step < self._steps):
+                await self._one_step()
+            if self._since_commit:
+                await self._commit()
+        finally:
+            self._enter("stopped")
+            self._thread.shutdown(wait=False)
+
+    async def stop(self) -> None:
+        """Finish the step under way, commit, and return from `run`."""
+        self._stopping = True
+
+    async def status(self) -> LearnerStatus:
+        """What it does, and since when. Answered while a step is computed."""
+        return LearnerStatus(
+            phase=self._phase,
+            phase_s=self._clock() - self._phase_began,
+            step=self._step,
+            version=self._version,
+        )
+
+    async def reports(self, *, after: int) -> Sequence[StepReport]:
+        """Of all steps that this incarnation made but the first `after`."""
+        return self._reports[after:]
+
+    async def checkpoint(self) -> str | None:
+        """The directory of the last commit; None before the first."""
+        return self._committed[-1][0] if self._committed else None
+
+    def _open(self, resumption: Resumption) -> None:
+        if self._config.threads is not None:
+            torch.set_num_threads(self._config.threads)
+        torch.manual_seed(self._config.seed)
+        device = device_of(self._config.device)
+        self._tokenizer = load_tokenizer(self._model)
+        model = load_model(self._model, device=device)
+        self.policy = Policy(
+            model,
+            reference=load_model(self._reference, device=device) if self._reference else None,
+            temperature=self._temperature,
+            compute_dtype=getattr(torch, self._config.compute_dtype),
+        )
+        self._optimiser = Optimiser(model.named_parameters(), self._config)
+        if resumption.directory is not None:
+            self._restore(resumption)
+        self._publisher = Publisher(self.policy, dtype=self._config.publish_dtype, probe_every=self._config.probe_every)
+
+    def _restore(self, resumption: Resumption) -> None:
+        assert resumption.directory is not None
+        state = checkpoint.load(
+            resumption.directory, resumption.digest, model=self.policy.model, optimiser=self._optimiser
+        )
+        if state.step != resumption.step:
+            raise LedgerError(
+                f"checkpoint {resumption.directory} was written after step {state.step}, the ledger resumes at step"
+                f" {resumption.step}: they are of different runs; give the run its own checkpoint directory"
+            )
+        for name, memory in self._memories.items():
+            memory.restore(state.memory.get(name, {}))
+        self._committed = checkpoint.surviving(self._directory, resumption.directory)
+
+    async def _one_step(self) -> None:
+        began = self._clock()
+        self._spent = {"waiting": 0.0, "computing": 0.0, "publishing": 0.0, "committing": 0.0}
+        batch = await self._take()
+        if batch is None:
+            return
+        groups, assembled = batch
+        self._enter("computing")
+        numbers = await self._in_thread(
+            lambda: make_step(
+                self.policy,
+                self.objective,
+                self._optimiser,
+                assembled.microbatches,
+                name=lambda places: _named(self._step, [groups[place] for place in places]),
+            )
+        )
+        feedback = Feedback(
+            trained_tokens=assembled.tokens, masked_tokens=assembled.masked_tokens, scores=assembled.scores
+        )
+        self._enter("publishing")
+        step = self._step
+        self._version = await self._ask(
+            "trained", lambda: self._queue.trained(step=step, epoch=self._epoch, feedback=feedback)
+        )
+        self._step += 1
+        await self._publish()
+        self._since_commit.append(assembled.reward)
+        if self._step % self._config.checkpoint_every == 0:
+            await self._commit()
+        self._enter("waiting")
+        self._reports.append(self._report(groups, assembled, numbers, self._clock() - began))
+        if self._on_step is not None:
+            await self._on_step(self._reports[-1])
+
+    async def _take(self) -> tuple[list[Group], Assembled] | None:
+        """The batch of this step, shaped and filtered; None when `stop` was called first."""
+        self._enter("waiting")
+        self._judged.clear()
+        step = self._step
+        while not self._stopping:
+            taken = await self._ask("take", partial(self._queue.take, step=step, epoch=self._epoch, wait_s=TAKE_WAIT_S))
+            if taken is None:
+                continue
+            self._enter("computing")
+            groups, rewards, out = await self._in_thread(partial(self._judge, taken))
+            if not out:
+                return groups, await self._in_thread(partial(self._assemble, taken, groups, rewards))
+            await self._ask("filtered", partial(self._queue.filtered, step=step, epoch=self._epoch, groups=out))
+            self._enter("waiting")
+        return None
+
+    def _judge(self, taken: Taken) -> tuple[list[Group], list[Floats], dict[GroupId, str]]:
+        """Groups, their rewards, and which of them are filtered by what rule. Each is shaped once, in this order."""
+        groups = schema.decode(taken.pack)
+        for group, verdict in zip(groups, taken.verdicts, strict=True):
+            if group.id not in self._judged:
+                reward_G = reward_of(group, verdict, shape=self._shape)
+                rule = self._keep(group, reward_G) if self._keep is not None else ""
+                self._judged[group.id] = reward_G, rule
+        rewards = [self._judged[group.id][0] for group in groups]
+        return groups, rewards, {g.id: self._judged[g.id][1] for g in groups if self._judged[g.id][1]}
+
+    def _assemble(self, taken: Taken, groups: Sequence[Group], rewards: Sequence[Floats]) -> Assembled:
+        return assemble(
+            groups,
+            taken.verdicts,
+            taken.lag,
+            rewards,
+            self.objective,
+            token_budget=self._config.token_budget,
+            mask_above=self._max_lag if taken.masked else None,
+        )
+
+    async def _publish(self) -> None:
+        self._enter("publishing")
+        manifest, buffer = await self._in_thread(
+            lambda: self._publisher.pack(version=self._version, step=self._step, epoch=self._epoch)
+        )
+        await self._ask("publish", lambda: self._store.publish(manifest, buffer))
+        await self._ask("announce", lambda: self._queue.announce(version=self._version, epoch=self._epoch))
+
+    async def _commit(self) -> None:
+        self._enter("committing")
+        reward = sum(self._since_commit) / len(self._since_commit)
+        saved = await self._in_thread(lambda: self._save(reward))
+        await self._ask(
+            "commit",
+            lambda: self._queue.commit(
+                step=self._step, directory=saved.directory, digest=saved.digest, epoch=self._epoch
+            ),
+        )
+        self._since_commit.clear()
+        self._committed.append((saved.directory, reward))
+        self._committed = await self._in_thread(
+            lambda: checkpoint.retain(self._directory, self._committed, keep=self._config.checkpoint_keep)
+        )
+
+    def _save(self, reward: float) -> Saved:
+        state = LearnerState(
+            step=self._step,
+            version=self._version,
+            epoch=self._epoch,
+            seed=self._config.seed,
+            reward=reward,
+            memory={name: memory.memory() for name, memory in self._memories.items()},
+        )
+        return checkpoint.save(
+            self._directory,
+            state,
+            model=self.policy.model,
+            tokenizer=self._tokenizer,
+            optimiser=self._optimiser,
+        )
+
+    def _report(self, groups: Sequence[Group], assembled: Assembled, numbers: StepNumbers, step_s: float) -> StepReport:
+        spent = self._spent
+        return StepReport(
+            step=self._step,
+            version=self._version,
+            numbers=numbers,
+            groups=len(groups),
+            rollouts=sum(len(group.rollouts) for group in groups),
+            reward=assembled.reward,
+            reward_std=assembled.reward_std,
+            length=assembled.length,
+            tokens=assembled.tokens,
+            masked_tokens=assembled.masked_tokens,
+            invalid_rollouts=assembled.invalid,
+            skipped_groups=assembled.skipped_groups,
+            rows=assembled.rows,
+            unpacked_rows=assembled.unpacked_rows,
+            padding_share=assembled.padding_share,
+            wait_s=spent["waiting"],
+            compute_s=spent["computing"],
+            publish_s=spent["publishing"],
+            checkpoint_s=spent["committing"],
+            other_s=step_s - sum(spent.values()),
+            step_s=step_s,
+        )
+
+    def _enter(self, phase: str) -> None:
+        """The time since the last change was spent on the phase that ends now."""
+        now = self._clock()
+        if self._phase in self._spent:
+            self._spent[self._phase] += now - self._phase_began
+        self._phase, self._phase_began = phase, now
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _ask(self, method: str, call: Callable[[], Awaitable[T]]) -> T:
+        return await persist(
+            call,
+            what=f"learner, {method} of step {self._step}",
+            remedy="The queue or the weight store does not answer: see events.jsonl, then resume the run.",
+            deadline_s=self._config.queue_deadline_s,
+            clock=self._clock,
+        )
+
+
+def _named(step: int, groups: Sequence[Group]) -> str:
+    """For messages: the step, and the groups by id and prompt."""
+    shown = ", ".join(f"{group.id} (prompt {group.prompt.id})" for group in groups[:4])
+    return f"step {step}: {shown}{f' and {len(groups) - 4} more' if len(groups) > 4 else ''}"

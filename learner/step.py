@@ -1,0 +1,121 @@
+"""One optimiser step on an assembled batch, and its numbers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from millrace.core.errors import TrainingError
+from millrace.core.types import Floats, Ints
+from millrace.learner.assemble import Microbatch
+from millrace.learner.model import Policy
+from millrace.learner.objective import Mean, Objective
+from millrace.learner.optimiser import Optimiser
+
+# Importance weights outside this range count as clipped: the range of PPO and GRPO.
+CLIP_LOW, CLIP_HIGH = 0.8, 1.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LagNumbers:
+    """How the policy differs from the weights that sampled, over the tokens of one lag."""
+
+    tokens: int
+    k3: float  # nats per token: mean of (w - 1) - log w, with w = policy / behaviour; an estimate of their divergence
+    max_gap: float  # largest |log w|, nats
+    effective_sample_size: float  # (sum w)^2 / (n sum w^2), a share of the tokens
+    clip_fraction: float  # share of tokens with w outside [0.8, 1.2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepNumbers:
+    """What one optimiser step was like."""
+
+    loss: float
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    entropy: float  # mean over loss tokens, nats
+    metrics: Mapping[str, float]  # the objective's own
+    by_lag: Mapping[int, LagNumbers]
+
+
+def make_step(
+    policy: Policy,
+    objective: Objective,
+    optimiser: Optimiser,
+    microbatches: Sequence[Microbatch],
+    *,
+    name: Callable[[Sequence[int]], str],
+) -> StepNumbers:
+    """Accumulate the gradient of all micro-batches and update the weights.
+
+    Args:
+        microbatches: of the whole batch; without any, the gradient is zero and moments and decay go on.
+        name: says which step and groups, given places in the batch, for messages.
+    Raises:
+        TrainingError: a loss or the gradient is not finite; the weights stay as they were.
+    """
+    losses: list[torch.Tensor] = []
+    gaps: list[torch.Tensor] = []
+    entropies: list[torch.Tensor] = []
+    metrics: dict[str, Mean] = {}
+    for micro in microbatches:
+        have = policy.words(micro, objective.needs)
+        loss = objective(have)
+        loss.value.backward()
+        losses.append(loss.value.detach())
+        if micro.behaviour_logprob_N is not None:
+            gaps.append(have["proximal_logprob_N"] - have["behaviour_logprob_N"])
+        entropies.append(have["entropy_N"].detach().sum())
+        for key, mean in loss.metrics.items():
+            metrics[key] = metrics[key] + mean if key in metrics else mean
+    values = torch.stack(losses).double().cpu().numpy() if losses else np.zeros(0)
+    if not np.isfinite(values).all():
+        optimiser.clear()
+        at = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise TrainingError(
+            f"the loss is {values[at]} at {name(microbatches[at].groups)}; the step was not made."
+            " Look at these groups' rewards and log-probabilities, or lower the learning rate"
+        )
+    learning_rate = optimiser.learning_rate
+    every = [group for micro in microbatches for group in micro.groups]
+    norm = optimiser.step(where=lambda: name(every))
+    tokens = sum(len(micro.token_N) for micro in microbatches)
+    return StepNumbers(
+        loss=float(values.sum()),
+        gradient_norm=norm,
+        learning_rate=learning_rate,
+        entropy=float(torch.stack(entropies).sum()) / tokens if tokens else 0.0,
+        metrics={key: mean.value for key, mean in metrics.items()},
+        by_lag=lag_numbers(
+            torch.cat(gaps).float().cpu().numpy(), np.concatenate([micro.staleness_N for micro in microbatches])
+        )
+        if gaps
+        else {},
+    )
+
+
+def lag_numbers(gap_N: Floats, staleness_N: Ints) -> dict[int, LagNumbers]:
+    """The numbers of each lag.
+
+    Args:
+        gap_N: log of policy over behaviour probability, nats.
+        staleness_N: lag, versions.
+
+    >>> lag_numbers(np.zeros(3, np.float32), np.array([0, 0, 2]))[0]
+    LagNumbers(tokens=2, k3=0.0, max_gap=0.0, effective_sample_size=1.0, clip_fraction=0.0)
+    """
+    numbers = {}
+    for lag in np.unique(staleness_N).tolist():
+        gap = gap_N[staleness_N == lag].astype(np.float64)
+        weight = np.exp(gap)
+        numbers[int(lag)] = LagNumbers(
+            tokens=len(gap),
+            # expm1 keeps gaps of rounding size, whose k3 is far below one ulp of the weight.
+            k3=float((np.expm1(gap) - gap).mean()),
+            max_gap=float(np.abs(gap).max()),
+            effective_sample_size=float(weight.sum() ** 2 / (len(gap) * (weight**2).sum())),
+            clip_fraction=float(((weight < CLIP_LOW) | (weight > CLIP_HIGH)).mean()),
+        )
+    return numbers

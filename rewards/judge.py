@@ -1,0 +1,355 @@
+"""Applies a verifier to the rollouts of a prompt. Whatever goes wrong is attributed, and is never a score.
+
+A verifier asks for words: `text` (the response), `answer`, `prompt` (its text), `tokens_T`, `finish_reason`,
+`row` (the further columns), or the name of a further column. It returns a number, a Verdict, or a mapping of
+named components among which `score` is the reward.
+"""
+
+import asyncio
+import math
+import queue
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from millrace.core.catalogue import Method, Spec, resolve
+from millrace.core.config import Config
+from millrace.core.errors import MillraceError, RewardError, boundary
+from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind
+
+WORDS = ("text", "answer", "prompt", "tokens_T", "finish_reason", "row")
+FOLDER = "millrace.rewards.verifiers"
+QUICK_S = 0.02
+
+Decode = Callable[[Sequence[Ints]], Sequence[str]]
+
+
+class JudgeConfig(Config):
+    """How a verifier is called, and what of its answers is accepted."""
+
+    concurrency: int = Field(default=32, ge=1)
+    """Verdicts in the making at the same time; a synchronous verifier gets as many threads."""
+
+    deadline_s: float = Field(default=30.0, gt=0)
+    """A verdict that takes longer is a judge failure: no score, masked and counted. Keep it below judge_lease_s."""
+
+    lowest: float = 0.0
+    """The least score; what a response that cannot be judged trains as."""
+
+    highest: float = 1.0
+    """The greatest score."""
+
+    max_judge_failures: int = Field(default=64, ge=1)
+    """So many judge failures in a row, without one score among them, end the run with their cause."""
+
+    @model_validator(mode="after")
+    def _range_is_one(self) -> "JudgeConfig":
+        if not (math.isfinite(self.lowest) and math.isfinite(self.highest) and self.lowest < self.highest):
+            raise ValueError(f"lowest = {self.lowest} and highest = {self.highest}: give finite numbers, lowest first")
+        return self
+
+
+class Judge:
+    """One verifier, bounded in concurrency and time, with its failures counted."""
+
+    def __init__(self, method: Method, *, decode: Decode, config: JudgeConfig) -> None:
+        """
+        Args:
+            method: the resolved verifier, see `verifier`.
+            decode: token arrays -> texts, special tokens left out.
+        """
+        self._method = method
+        self._whose = f"reward function {method.name}"
+        self._decode = decode
+        self._config = config
+        self._at_once = asyncio.Semaphore(config.concurrency)
+        self._threads = _Threads(config.concurrency, whose=self._whose)
+        self._counts: Counter[str] = Counter()
+        self._in_a_row = 0
+        self._first = ""
+
+    async def __call__(
+        self, prompt: Prompt, rollouts: Sequence[Rollout], judged: Callable[[], None] = lambda: None
+    ) -> tuple[Verdict, ...]:
+        """The verdicts, in the order of the rollouts.
+
+        Args:
+            judged: called after each.
+        Raises:
+            RewardError: `max_judge_failures` in a row, with the first one's cause.
+        """
+        texts = self._decode([rollout.tokens_T for rollout in rollouts])
+        given = [_words(prompt, rollout, text) for rollout, text in zip(rollouts, texts, strict=True)]
+        quick = [] if self._method.is_async else await self._quick_ones(prompt, given)
+        for _ in quick:
+            judged()
+        others = await asyncio.gather(*(self._one(prompt, have, judged) for have in given[len(quick) :]))
+        return (*quick, *others)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Verdicts by kind, and how many judge failures came last without a score between them."""
+        return {**{kind.value: self._counts[kind.value] for kind in VerdictKind}, "in_a_row": self._in_a_row}
+
+    @property
+    def first_failure(self) -> str:
+        """The cause of the first judge failure, in full; empty when there was none."""
+        return self._first
+
+    async def _one(self, prompt: Prompt, have: Mapping[str, Any], judged: Callable[[], None]) -> Verdict:
+        async with self._at_once:
+            value, error = None, None
+            try:
+                if self._method.is_async:
+                    value = await self._within_deadline(self._called_here(have))
+                else:
+                    value = await self._within_deadline(self._threads.run(lambda: self._called(have)))
+            except MillraceError as caught:
+                error = caught
+            verdict = await self._verdict(prompt, value, error)
+        judged()
+        return verdict
+
+    async def _quick_ones(self, prompt: Prompt, given: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+        """The first few, one after another in one thread, while they are quick.
+
+        A thread's round trip costs more than most verdicts. As soon as `QUICK_S` have passed the rest go
+        each to a thread of its own, so that a slow one does not hold the others.
+        """
+        answers: list[tuple[Any, MillraceError | None]] = []
+        over = threading.Event()
+
+        def several() -> None:
+            end = time.monotonic() + min(QUICK_S, self._config.deadline_s / 2)
+            for have in given:
+                try:
+                    answers.append((self._called(have), None))
+                except MillraceError as caught:
+                    answers.append((None, caught))
+                if over.is_set() or time.monotonic() > end:
+                    return
+
+        async with self._at_once:
+            try:
+                await self._within_deadline(self._threads.run(several))
+                got = list(answers)
+            except MillraceError as caught:
+                over.set()
+                got = [*answers, (None, caught)]  # the one that it hung in
+            return [await self._verdict(prompt, value, error) for value, error in got]
+
+    async def _verdict(self, prompt: Prompt, value: Any, error: MillraceError | None) -> Verdict:
+        try:
+            if error is not None:
+                raise error
+            if isinstance(value, Awaitable):  # a plain function that returned a coroutine
+                value = await self._within_deadline(self._awaited(value))
+            verdict = self._read(value)
+        except MillraceError as caught:
+            return self._failed(f"{caught}; prompt {prompt.id!r}", caught)
+        if verdict.kind is VerdictKind.JUDGE_FAILED:
+            return self._failed(f"{self._whose} gave no verdict: {verdict.feedback}; prompt {prompt.id!r}")
+        self._in_a_row = 0
+        self._counts[verdict.kind.value] += 1
+        return verdict
+
+    async def _called_here(self, have: Mapping[str, Any]) -> Any:
+        self._check_words(have)
+        return await self._awaited(self._method.call(have))
+
+    async def _awaited(self, value: Awaitable[Any]) -> Any:
+        with boundary(self._whose, RewardError):
+            return await value
+
+    def _called(self, have: Mapping[str, Any]) -> Any:
+        self._check_words(have)
+        try:
+            with boundary(self._whose, RewardError):
+                return self._method.call(have)
+        except SystemExit as caught:  # not an Exception: it would end the thread without an answer
+            raise RewardError(f"{self._whose} called exit({caught.code!r})") from caught
+
+    def _check_words(self, have: Mapping[str, Any]) -> None:
+        for word in self._method.needs:
+            if word not in have:
+                raise RewardError(f"{self._whose} asks for {word!r}, which this row does not have")
+
+    async def _within_deadline(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """A task of its own, left behind when it overruns: user code may swallow a cancellation."""
+        task = asyncio.get_running_loop().create_task(call)
+        try:
+            done, _ = await asyncio.wait({task}, timeout=self._config.deadline_s)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not done:
+            task.cancel()
+            raise RewardError(f"{self._whose} took longer than deadline_s = {self._config.deadline_s:g}")
+        if task.cancelled():
+            raise RewardError(f"{self._whose} cancelled itself")
+        return task.result()
+
+    def _read(self, value: Any) -> Verdict:
+        if isinstance(value, Verdict):
+            if value.score is not None:
+                self._check(value.score, "the verdict's score")
+            return value
+        if isinstance(value, Mapping):
+            if "score" not in value:
+                raise RewardError(f"{self._whose} returned {_shown(value)}: a mapping needs a component 'score'")
+            components = {str(name): self._number(part, f"component {name!r}") for name, part in value.items()}
+            score = self._check(components.pop("score"), "component 'score'")
+            return Verdict(kind=VerdictKind.SCORED, score=score, components=components)
+        return Verdict(kind=VerdictKind.SCORED, score=self._check(self._number(value, "what it returned"), "the score"))
+
+    def _number(self, value: Any, what: str) -> float:
+        if not isinstance(value, Real | np.bool_):
+            raise RewardError(
+                f"{self._whose} returned {_shown(value)}: {what} is a {type(value).__name__}, not a number; "
+                "return a float, a Verdict, or a mapping of floats with 'score'"
+            )
+        if not math.isfinite(value):
+            raise RewardError(f"{self._whose} returned {_shown(value)}: {what} is not finite")
+        return float(value)
+
+    def _check(self, score: float, what: str) -> float:
+        low, high = self._config.lowest, self._config.highest
+        score = self._number(score, what)
+        if not low <= score <= high:
+            raise RewardError(
+                f"{self._whose} returned {score!r}: {what} lies outside [{low:g}, {high:g}]; return a score within, "
+                "or set lowest and highest of the reward to the range it has"
+            )
+        return score
+
+    def _failed(self, cause: str, caught: MillraceError | None = None) -> Verdict:
+        self._counts[VerdictKind.JUDGE_FAILED.value] += 1
+        self._in_a_row += 1
+        if not self._first:
+            self._first = cause + _tail(caught)
+        if self._in_a_row >= self._config.max_judge_failures:
+            raise RewardError(
+                f"{self._in_a_row} judge failures in a row (max_judge_failures), not one score among them. "
+                f"The first of the run: {self._first}"
+            )
+        return Verdict(kind=VerdictKind.JUDGE_FAILED, score=None, feedback=cause)
+
+
+def verifier(spec: Spec, *, columns: Sequence[str] = ()) -> Method:
+    """The verifier that a recipe names.
+
+    Args:
+        spec: a name of rewards/verifiers/, `"file.py:function"` or `"package.module:function"`, or a table.
+        columns: further columns of the data, which it may ask for too.
+    Raises:
+        RewardError: it cannot be imported, or asks for what the data lack.
+    """
+    return resolve(spec, folder=FOLDER, words=(*WORDS, *columns), slot="verifier", error=RewardError)
+
+
+def _words(prompt: Prompt, rollout: Rollout, text: str) -> Mapping[str, Any]:
+    """What a verifier may ask for; a column does not hide a word."""
+    words = {
+        **prompt.row,
+        "text": text,
+        "prompt": prompt.text,
+        "tokens_T": rollout.tokens_T,
+        "finish_reason": rollout.finish_reason,
+        "row": prompt.row,
+    }
+    return words if prompt.answer is None else words | {"answer": prompt.answer}
+
+
+class _Call:
+    """One call on its way through a thread."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self.function = function
+        self.loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[Any] = self.loop.create_future()
+        self.ended = False
+        self.given_up = False
+
+    def deliver(self, value: Any, error: MillraceError | None) -> None:
+        self.ended = True
+        if self.answer.done():
+            return
+        if error is None:
+            self.answer.set_result(value)
+        else:
+            self.answer.set_exception(error)
+
+
+class _Threads:
+    """Daemon threads: one that hangs in user code neither blocks the others nor the end of the process."""
+
+    def __init__(self, count: int, *, whose: str) -> None:
+        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._whose = whose
+        self._count = count
+        self._free = 0
+        self._stuck = 0
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Call it in a thread; at most `count` callers at a time. A cancelled call keeps its thread until it ends.
+
+        Raises:
+            RewardError: as many threads again hang already.
+        """
+        if self._stuck >= self._count:
+            raise RewardError(
+                f"{self._stuck} calls of {self._whose} passed their deadline and never returned: give what it waits "
+                "for a timeout of its own"
+            )
+        call = _Call(function)
+        if self._free:
+            self._free -= 1
+        else:
+            threading.Thread(target=self._work, name="verifier", daemon=True).start()
+        self._calls.put(call)
+        try:
+            return await call.answer
+        finally:
+            if call.ended:
+                self._free += 1
+            else:  # the caller gives it up, the thread cannot
+                call.given_up = True
+                self._stuck += 1
+
+    def _work(self) -> None:
+        while True:
+            call = self._calls.get()
+            value, error = None, None
+            try:
+                value = call.function()
+            except MillraceError as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop is closed: nobody waits
+                call.loop.call_soon_threadsafe(self._deliver, call, value, error)
+
+    def _deliver(self, call: _Call, value: Any, error: MillraceError | None) -> None:
+        """On the loop: a call that was given up, but ended after all, frees its thread."""
+        if call.given_up:
+            self._stuck -= 1
+            self._free += 1
+        call.deliver(value, error)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _tail(caught: MillraceError | None) -> str:
+    """The last lines of the traceback of what user code raised."""
+    if caught is None or caught.__cause__ is None:
+        return ""
+    return "\n" + "".join(traceback.format_exception(caught.__cause__)[-3:]).rstrip()

@@ -1,0 +1,11 @@
+"""Verifiers: what a response is worth, from 0 to 1.
+
+A verifier is a function of words, filled in by name: `text` (the response), `answer`, `prompt` (its text), `tokens_T`,
+`finish_reason`, `row`, or the name of a further column of the data. Its keyword-only parameters are what a recipe may
+set. It returns a number in [0, 1], or a Verdict where the cause matters.
+"""
+
+from millrace.rewards.verifiers.numbers import numeric
+from millrace.rewards.verifiers.text import exact, position_match
+
+__all__ = ["exact", "numeric", "position_match"]

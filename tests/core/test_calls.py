@@ -1,0 +1,109 @@
+"""Calls are repeated until answered, and finished items leave in packs."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from millrace.core.calls import Outbox, persist
+from millrace.core.errors import DeadlineError, Fenced
+
+
+def test_a_call_that_fails_is_repeated_until_answered() -> None:
+    attempts = 0
+
+    async def call() -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise ConnectionResetError("gone")
+        return "answer"
+
+    assert asyncio.run(persist(call, what="w: put", remedy="", deadline_s=30)) == "answer"
+    assert attempts == 3
+
+
+def test_what_the_queue_refuses_is_an_answer() -> None:
+    attempts = 0
+
+    async def call() -> None:
+        nonlocal attempts
+        attempts += 1
+        raise Fenced("epoch 1 has ended")
+
+    with pytest.raises(Fenced, match="epoch 1 has ended"):
+        asyncio.run(persist(call, what="w: put", remedy="", deadline_s=30))
+    assert attempts == 1
+
+
+def test_the_deadline_names_who_what_cause_and_remedy() -> None:
+    async def call() -> None:
+        raise ConnectionResetError("gone")
+
+    with pytest.raises(DeadlineError) as caught:
+        asyncio.run(
+            persist(call, what="generation-0: put_groups (draw 3 attempt 0)", remedy="Restart.", deadline_s=0.1)
+        )
+    for part in ("generation-0", "draw 3 attempt 0", "ConnectionResetError: gone", "deadline 0.1 s", "Restart."):
+        assert part in str(caught.value)
+
+
+def test_a_call_that_hangs_ends_at_the_deadline() -> None:
+    with pytest.raises(DeadlineError, match="neither returned nor failed"):
+        asyncio.run(persist(lambda: asyncio.sleep(60), what="w: take", remedy="", deadline_s=0.05))
+
+
+def sent(items: Sequence[int], *, linger_s: float, full: int) -> list[list[int]]:
+    """The packs in which items leave that are put while the first pack is under way."""
+
+    async def scenario() -> list[list[int]]:
+        packs: list[list[int]] = []
+        under_way, go_on = asyncio.Event(), asyncio.Event()
+
+        async def send(pack: Sequence[int]) -> None:
+            packs.append(list(pack))
+            under_way.set()
+            await go_on.wait()
+
+        outbox = Outbox[int](send, linger_s=linger_s, full=full)
+        running = asyncio.create_task(outbox.run())
+        outbox.put(-1)
+        await under_way.wait()
+        for item in items:
+            outbox.put(item)
+        go_on.set()
+        await outbox.drain()
+        running.cancel()
+        return packs
+
+    return asyncio.run(scenario())
+
+
+def test_what_finished_while_a_pack_was_under_way_leaves_together() -> None:
+    assert sent([1, 2, 3], linger_s=0, full=100) == [[-1], [1, 2, 3]]
+
+
+def test_a_full_pack_does_not_linger_and_nothing_is_lost() -> None:
+    # With this linger the test would not end: the first pack is full with one item, and drain ends the second's.
+    assert sent([1], linger_s=3600, full=1) == [[-1], [1]]
+
+
+def test_the_first_item_waits_for_company() -> None:
+    async def scenario() -> list[list[int]]:
+        packs: list[list[int]] = []
+        gone = asyncio.Event()
+
+        async def send(pack: Sequence[int]) -> None:
+            packs.append(list(pack))
+            gone.set()
+
+        outbox = Outbox[int](send, linger_s=3600, full=3)
+        running = asyncio.create_task(outbox.run())
+        for item in range(3):
+            outbox.put(item)
+            await asyncio.sleep(0)
+        await gone.wait()
+        running.cancel()
+        return packs
+
+    assert asyncio.run(scenario()) == [[0, 1, 2]]

@@ -1,0 +1,80 @@
+"""The flat buffer, its manifest and its probes."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from millrace.core.protocols import WeightHandle
+from millrace.core.weights import digest_of, view_of, views, write
+from millrace.learner.model import Policy
+from millrace.learner.publish import Publisher, probe_sequences
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen2-untied", "gpt2"])
+def test_a_receiver_can_rebuild_the_model_from_the_buffer(name, make_model, tmp_path):
+    model = make_model(name)
+    manifest, buffer = Publisher(Policy(model)).pack(version=3, step=2, epoch=1)
+    assert (manifest.version, manifest.step, manifest.epoch) == (3, 2, 1)
+    assert manifest.digest == digest_of(buffer)
+    assert [t.name for t in manifest.tensors] == [name for name, _ in model.named_parameters()]
+    handle: WeightHandle = write(tmp_path, manifest, buffer)
+    other = AutoModelForCausalLM.from_config(model.config, attn_implementation="millrace_packed").eval()
+    with torch.no_grad():
+        for parameter_name, parameter in other.named_parameters():
+            parameter.copy_(torch.from_numpy(views(handle)[parameter_name].copy()))
+    for probe in manifest.probes:
+        gap = np.abs(Policy(other).score(probe.tokens_T) - probe.logprob_T).max()
+        assert gap < 1e-6 < manifest.tolerance
+
+
+def test_ties_are_published_once(make_model):
+    tied, untied = (Publisher(Policy(make_model(name))).tensors for name in ("qwen2", "qwen2-untied"))
+    assert {t.name for t in untied} - {t.name for t in tied} == {"lm_head.weight"}
+
+
+def test_the_buffer_is_reused_and_follows_the_weights(make_model):
+    model = make_model("qwen2")
+    publisher = Publisher(Policy(model), probe_every=2)
+    first, buffer = publisher.pack(version=0, step=0, epoch=1)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    second, again = publisher.pack(version=1, step=1, epoch=1)
+    assert buffer.ctypes.data == again.ctypes.data and first.digest != second.digest
+    norm = next(t for t in second.tensors if t.name == "model.norm.weight")
+    np.testing.assert_array_equal(view_of(again, norm), model.model.norm.weight.detach().numpy())
+    third, _ = publisher.pack(version=2, step=2, epoch=1)
+    assert [bool(m.probes) for m in (first, second, third)] == [True, False, True]
+    assert third.digest == second.digest
+
+
+def test_probes_notice_every_single_tensor(make_model):
+    """Whatever tensor a receiver holds stale, some probe is off by more than the tolerance."""
+    model = make_model("qwen2-untied")
+    policy = Policy(model)
+    manifest, _ = Publisher(policy).pack(version=0, step=0, epoch=1)
+    for name, parameter in model.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        gap = max(np.abs(policy.score(p.tokens_T) - p.logprob_T).max() for p in manifest.probes)
+        # A bias of all keys moves no softmax: no engine could be told from another by it.
+        assert gap > manifest.tolerance or name.endswith("k_proj.bias"), name
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+def test_bfloat16_is_half_the_bytes_and_rounds_the_same_way(make_model):
+    model = make_model("qwen2")
+    wide = Publisher(Policy(model)).pack(version=0, step=0, epoch=1)
+    narrow = Publisher(Policy(model), dtype="bfloat16").pack(version=0, step=0, epoch=1)
+    assert narrow[1].size < 0.6 * wide[1].size
+    assert narrow[0].tolerance > wide[0].tolerance
+    tensor = narrow[0].tensors[0]
+    bits = torch.from_numpy(view_of(narrow[1], tensor).copy()).view(torch.bfloat16)
+    assert torch.equal(bits, dict(model.named_parameters())[tensor.name].detach().to(torch.bfloat16))
+
+
+def test_probe_sequences_are_fixed_and_fit_the_context():
+    assert [t.tolist() for t in probe_sequences(50, 8)] == [t.tolist() for t in probe_sequences(50, 8)]
+    assert all(len(tokens) == 8 and tokens.max() < 50 for tokens in probe_sequences(50, 8))

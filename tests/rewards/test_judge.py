@@ -1,0 +1,286 @@
+"""Every way a verifier can fail is a judge failure with its cause, never a score."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from millrace.core.catalogue import Method
+from millrace.core.errors import ConfigError, DataError, RewardError
+from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind, VersionRun
+from millrace.rewards.judge import Judge, JudgeConfig, verifier
+
+
+def decode(tokens: Sequence[Ints]) -> list[str]:
+    return ["".join(chr(97 + token) for token in one) for one in tokens]
+
+
+def rollout(*tokens: int, finish_reason: str = "stop") -> Rollout:
+    n = len(tokens)
+    return Rollout(
+        tokens_T=np.array(tokens, np.int32),
+        sampled_T=np.ones(n, np.bool_),
+        behaviour_logprob_T=np.zeros(n, np.float32),
+        versions=(VersionRun(0, 0, n),),
+        finish_reason=finish_reason,
+        seed=0,
+    )
+
+
+PROMPT = Prompt(id="p7", text="sort ba", tokens_P=np.array([1, 0], np.int32), answer="ab", row={"level": 3})
+
+
+def method(function: Any, *needs: str, is_async: bool = False) -> Method:
+    return Method(function.__name__, function, needs or ("text",), {}, {}, is_async, RewardError)
+
+
+def judged(function: Any, *needs: str, is_async: bool = False, rollouts: Any = None, **config: Any) -> list[Verdict]:
+    judge = Judge(method(function, *needs, is_async=is_async), decode=decode, config=JudgeConfig(**config))
+    return list(asyncio.run(judge(PROMPT, rollouts or [rollout(0, 1)])))
+
+
+def test_words_are_filled_in_by_name_and_columns_do_not_hide_them() -> None:
+    seen = []
+
+    def score(level: int, text: str, answer: str, prompt: str, tokens_T: Ints, finish_reason: str, row: Any) -> float:
+        seen.append((level, text, answer, prompt, tokens_T.tolist(), finish_reason, row))
+        return 1.0
+
+    judged(score, "level", "text", "answer", "prompt", "tokens_T", "finish_reason", "row")
+    assert seen == [(3, "ab", "ab", "sort ba", [0, 1], "stop", {"level": 3})]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1, 1.0), (0.25, 0.25), (np.float32(0.5), 0.5), (np.int64(1), 1.0)], ids=str
+)
+def test_numbers_are_scores(value: Any, expected: float) -> None:
+    (verdict,) = judged(lambda text: value)
+    assert (verdict.kind, verdict.score) == (VerdictKind.SCORED, expected)
+
+
+def test_a_mapping_keeps_its_components_apart() -> None:
+    (verdict,) = judged(lambda text: {"score": 0.5, "format": 1, "length": -3.0})
+    assert verdict.score == 0.5
+    assert verdict.components == {"format": 1.0, "length": -3.0}
+
+
+def test_a_subject_failure_is_a_score_and_a_judge_failure_is_not() -> None:
+    subject = Verdict(kind=VerdictKind.SUBJECT_FAILED, score=0.0, feedback="no number")
+    assert judged(lambda text: subject) == [subject]
+    ours = Verdict(kind=VerdictKind.JUDGE_FAILED, score=None, feedback="service down")
+    (verdict,) = judged(lambda text: ours)
+    assert verdict.kind is VerdictKind.JUDGE_FAILED
+    assert "service down" in verdict.feedback
+
+
+@pytest.mark.parametrize(("value", "score"), [(True, 1.0), (np.bool_(False), 0.0), (1, 1.0), (np.float32(0.5), 0.5)])
+def test_a_truth_value_or_any_real_number_is_a_score(value: Any, score: float) -> None:
+    (verdict,) = judged(lambda text: value)
+    assert (verdict.kind, verdict.score) == (VerdictKind.SCORED, score)
+
+
+BAD = [
+    ("yes", "'yes': what it returned is a str"),
+    (None, "None: what it returned is a NoneType"),
+    (float("nan"), "nan: what it returned is not finite"),
+    (float("inf"), "inf: what it returned is not finite"),
+    (np.array([0.5]), "is a ndarray"),
+    (1.5, "outside [0, 1]"),
+    (-0.1, "outside [0, 1]"),
+    ({"format": 1.0}, "needs a component 'score'"),
+    ({"score": "high"}, "component 'score' is a str"),
+    ({"score": 0.5, "format": float("nan")}, "component 'format' is not finite"),
+    (Verdict(kind=VerdictKind.SCORED, score=float("nan")), "the verdict's score is not finite"),
+    (Verdict(kind=VerdictKind.SCORED, score=7.0), "outside [0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), BAD, ids=[repr(value)[:40] for value, _ in BAD])
+def test_what_is_no_score_is_a_judge_failure_that_names_function_value_and_prompt(value: Any, message: str) -> None:
+    def mine(text: str) -> Any:
+        return value
+
+    (verdict,) = judged(mine)
+    assert (verdict.kind, verdict.score) == (VerdictKind.JUDGE_FAILED, None)
+    assert message in verdict.feedback
+    assert "reward function mine" in verdict.feedback
+    assert "'p7'" in verdict.feedback
+
+
+def test_what_it_raises_is_a_judge_failure_whoever_raises_it() -> None:
+    def ours(text: str) -> float:
+        raise DataError("the answer is not a number")
+
+    def theirs(text: str) -> float:
+        return 1 / 0
+
+    def leaves(text: str) -> float:
+        raise SystemExit(3)
+
+    async def asynchronous(text: str) -> float:
+        raise KeyError("x")
+
+    causes = {
+        ours: "the answer is not a number; prompt 'p7'",
+        theirs: "reward function theirs raised ZeroDivisionError: division by zero; prompt 'p7'",
+        leaves: "reward function leaves called exit(3)",
+    }
+    for function, cause in causes.items():
+        (verdict,) = judged(function)
+        assert verdict.kind is VerdictKind.JUDGE_FAILED
+        assert cause in verdict.feedback
+    (verdict,) = judged(asynchronous, is_async=True)
+    assert "raised KeyError: 'x'" in verdict.feedback
+
+
+def test_an_async_function_that_cancels_itself_does_not_cancel_the_worker() -> None:
+    async def mine(text: str) -> float:
+        raise asyncio.CancelledError
+
+    (verdict,) = judged(mine, is_async=True)
+    assert "cancelled itself" in verdict.feedback
+
+
+def test_a_column_that_the_row_lacks_is_named() -> None:
+    (verdict,) = judged(lambda colour: 1.0, "colour")
+    assert "asks for 'colour', which this row does not have; prompt 'p7'" in verdict.feedback
+
+
+def test_a_plain_function_that_returns_a_coroutine_is_awaited() -> None:
+    async def inner() -> float:
+        return 0.75
+
+    (verdict,) = judged(lambda text: inner())
+    assert verdict.score == 0.75
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_one_that_hangs_fails_alone_and_in_time(is_async: bool) -> None:
+    release = threading.Event()
+
+    def slow(text: str) -> float:
+        if text == "b":
+            release.wait(30)
+        return 1.0
+
+    async def slow_too(text: str) -> float:
+        if text == "b":
+            await asyncio.sleep(30)
+        return 1.0
+
+    function = slow_too if is_async else slow
+    verdicts = judged(
+        function, is_async=is_async, rollouts=[rollout(0), rollout(1), rollout(2), rollout(3)], deadline_s=0.2
+    )
+    release.set()
+    assert [verdict.score for verdict in verdicts] == [1.0, None, 1.0, 1.0]
+    assert "took longer than deadline_s = 0.2" in verdicts[1].feedback
+
+
+def test_slow_synchronous_verdicts_overlap() -> None:
+    together = threading.Barrier(3)  # passes only when three calls are under way at the same time
+
+    def waits(text: str) -> float:
+        if text == "a":
+            time.sleep(0.05)  # no longer quick: the rest go to threads of their own
+        else:
+            together.wait(30)
+        return 1.0
+
+    rollouts = [rollout(0), rollout(1), rollout(1), rollout(1)]
+    assert [v.score for v in judged(waits, rollouts=rollouts, deadline_s=20)] == [1.0] * 4
+
+
+def test_concurrency_is_bounded() -> None:
+    now = most = 0
+
+    async def counts(text: str) -> float:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        now -= 1
+        return 1.0
+
+    judged(counts, is_async=True, rollouts=[rollout(0)] * 12, concurrency=3)
+    assert most == 3
+
+
+def test_threads_that_hang_for_good_are_bounded_and_named() -> None:
+    release = threading.Event()
+
+    def hangs(text: str) -> float:
+        release.wait(30)
+        return 1.0
+
+    verdicts = judged(hangs, rollouts=[rollout(0)] * 4, deadline_s=0.02, concurrency=1)
+    release.set()
+    assert "took longer" in verdicts[0].feedback
+    assert "1 calls of reward function hangs passed their deadline and never returned" in verdicts[1].feedback
+
+
+def test_a_call_that_returns_late_gives_its_thread_back() -> None:
+    release = threading.Event()
+
+    def once(text: str) -> float:
+        if text == "b":
+            release.wait(30)
+        return 1.0
+
+    async def scenario() -> list[float | None]:
+        judge = Judge(method(once), decode=decode, config=JudgeConfig(deadline_s=0.1, concurrency=1))
+        (late,) = await judge(PROMPT, [rollout(1)])
+        release.set()
+        for _ in range(1000):
+            (after,) = await judge(PROMPT, [rollout(0)])
+            if after.score is not None:
+                return [late.score, after.score]
+            await asyncio.sleep(0.001)
+        return []
+
+    assert asyncio.run(scenario()) == [None, 1.0]
+
+
+def test_failures_in_a_row_end_the_run_with_the_first_cause() -> None:
+    def mine(text: str) -> float:
+        return 1 / 0
+
+    with pytest.raises(RewardError) as caught:
+        judged(mine, rollouts=[rollout(0)] * 5, max_judge_failures=5)
+    message = str(caught.value)
+    for part in ("5 judge failures in a row", "reward function mine", "division by zero", "'p7'", "return 1 / 0"):
+        assert part in message
+
+
+def test_one_score_among_them_does_not_end_it_and_all_is_counted() -> None:
+    def mine(text: str) -> float:
+        return 1.0 if text == "a" else float(text)
+
+    async def scenario() -> Judge:
+        judge = Judge(method(mine), decode=decode, config=JudgeConfig(max_judge_failures=3))
+        for _ in range(4):
+            await judge(PROMPT, [rollout(1), rollout(1), rollout(0)])
+        return judge
+
+    judge = asyncio.run(scenario())
+    assert judge.counts == {"scored": 4, "subject_failed": 0, "judge_failed": 8, "in_a_row": 0}
+    assert "could not convert string to float: 'b'" in judge.first_failure
+
+
+def test_the_range_is_the_configuration_s() -> None:
+    assert judged(lambda text: -1.0, lowest=-1.0)[0].score == -1.0
+    with pytest.raises(ConfigError, match="lowest first"):
+        JudgeConfig.parse({"lowest": 1.0}, source="run.toml")
+
+
+def test_a_verifier_is_resolved_with_the_columns_of_the_data(tmp_path: Any) -> None:
+    (tmp_path / "mine.py").write_text("def score(text, level):\n    return 1.0 if level == 3 else 0.0\n")
+    found = verifier(f"{tmp_path}/mine.py:score", columns=["level"])
+    judge = Judge(found, decode=decode, config=JudgeConfig())
+    assert asyncio.run(judge(PROMPT, [rollout(0)]))[0].score == 1.0
+    with pytest.raises(RewardError, match="'level'"):
+        verifier(f"{tmp_path}/mine.py:score")
