@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from millrace import __version__
@@ -52,7 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit status: 0 done, 1 failed, 2 the command or configuration is wrong, 130 interrupted.
     """
-    given = parser().parse_args(arguments)
+    given, others = parser().parse_known_args(arguments)
+    for text in others:  # argparse takes no positional argument behind an option that follows another one
+        if text.startswith("-") or not hasattr(given, "settings"):
+            parser().error(f"unrecognized argument: {text}")
+        given.settings.append(text)
     try:
         _train(given)
     except ConfigError as caught:
@@ -66,14 +71,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(given: argparse.Namespace) -> None:
-    if (given.run is None) == (given.resume is None):
+    if given.run is None and given.resume is None:
         raise ConfigError("give either RUN.toml, or --resume DIRECTORY")
-    if given.resume and given.settings:
-        raise ConfigError("a resumed run keeps its configuration: leave out " + " ".join(given.settings))
+    if given.resume and (given.run or given.settings):
+        raise ConfigError(
+            "a resumed run keeps its configuration: leave out " + " ".join(filter(None, (given.run, *given.settings)))
+        )
     configs = import_module("millrace.cluster.config")
     jobs = import_module("millrace.cluster.jobs")
     if given.resume:
         config = configs.of_directory(given.resume)
+        if config.directory.resolve() != Path(given.resume).expanduser().resolve():
+            raise ConfigError(f"{given.resume} was moved: its config.toml says {config.directory}; move it back there")
     else:
         config = configs.load(given.run, settings=[setting(text) for text in given.settings])
     if given.dry_run:
@@ -81,6 +90,10 @@ def _train(given: argparse.Namespace) -> None:
         return
     found = jobs.train(config, address=given.address, local=given.local, resume=bool(given.resume))
     print(summary(found))
+
+
+def _shown(mean: float | None) -> str:
+    return "no score" if mean is None else f"{mean:.3f}"
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -96,7 +109,7 @@ def summary(found: Mapping[str, Any]) -> str:
             first, last = (
                 value["mean"] if isinstance(value, Mapping) else value for value in (pair["first"], pair["last"])
             )
-            lines.append(f"{title} {first:.3f} -> {last:.3f}")
+            lines.append(f"{title} {_shown(first)} -> {_shown(last)}")
     if waste := found.get("waste"):
         lines.append("tokens " + json.dumps({row: many for row, many in waste.items() if many or row == "unaccounted"}))
     lines.append(f"{found['directory']}/result.json")

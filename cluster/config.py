@@ -12,6 +12,7 @@ Relative paths start at the file. A recipe holds a method; model, sizes and mach
 
 import tomllib
 from collections.abc import Mapping, Sequence
+from os.path import normpath
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -229,7 +230,7 @@ def _set(table: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def _below(root: Path, value: str | None) -> str | None:
-    return None if value is None else str(root / Path(value).expanduser())
+    return None if value is None else normpath(root / Path(value).expanduser())
 
 
 def _anchored(spec: Spec, root: Path) -> Spec:
@@ -242,4 +243,4 @@ def _model(value: str, root: Path) -> str:
     """A directory if there is one below `root`, or the value looks like a path; else a hub id as it stands."""
     path = root / Path(value).expanduser()
     looks_local = value.startswith((".", "/", "~")) or value.count("/") > 1
-    return str(path) if looks_local or path.exists() else value
+    return normpath(path) if looks_local or path.exists() else value

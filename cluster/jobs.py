@@ -1,6 +1,7 @@
 """Run a job from Python: check it, start Ray, run it, come back with its result."""
 
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -46,11 +47,11 @@ def train(
         ConfigError, DataError, ModelError, RecipeError, RewardError: before anything expensive starts.
         MillraceError: a component failed; the message names it.
     """
-    for where in (str(Path.cwd()),):
-        if where not in sys.path:
-            sys.path.insert(0, where)  # "package.module:function" beside the user
-    plan = make_plan(config)
-    _prepare(config, resume=resume)
+    if resume and (found := _finished(config)) is not None:
+        say(f"{config.directory} is finished: all of its {found['steps']} steps are made")
+        return found
+    plan = dry_run(config)
+    _prepare(plan, resume=resume)
     say(str(plan))
     if local:
         return asyncio.run(_execute(plan, here, resume, say))
@@ -64,12 +65,27 @@ def train(
 
 def dry_run(config: RunConfig) -> Plan:
     """Check everything that can be checked before a run, and say what would run."""
+    if (beside := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, beside)  # "package.module:function" beside the user
     return make_plan(config)
 
 
-def _prepare(config: RunConfig, *, resume: bool) -> None:
+def _finished(config: RunConfig) -> Mapping[str, Any] | None:
+    """The result of a run that has nothing left to do."""
+    path = config.directory / "result.json"
+    found: Mapping[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    whole = found.get("ended") == "finished" and found["steps"] >= config.loop.steps
+    return found if whole else None
+
+
+def _prepare(plan: Plan, *, resume: bool) -> None:
     """Make the run directory; one that holds a run is not written over."""
-    directory = config.directory
+    config, directory = plan.config, plan.config.directory
+    if resume and plan.supervised:
+        raise ConfigError(
+            f"{directory}: recipe {config.recipe.origin} commits nothing until it is done, so there is nothing to "
+            "continue from: remove the directory and train again"
+        )
     if resume:
         return
     if (directory / "metrics.jsonl").exists():

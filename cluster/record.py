@@ -65,6 +65,18 @@ class Recorder:
         ]
         self._board.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
 
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Forget the rows of metrics.jsonl beyond `step`, which will be made again. Returns those that stay."""
+        path = self.directory / "metrics.jsonl"
+        whole, _, _torn = path.read_bytes().rpartition(b"\n")
+        lines = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(b"".join(line + b"\n" for line in lines))
+        self._metrics.close()
+        partial.replace(path)
+        self._metrics = path.open("a", buffering=1)
+        return [json.loads(line) for line in lines]
+
     def event(self, kind: str, **facts: Any) -> None:
         """One row of events.jsonl: who joined, left, failed, and why."""
         self._events.write(json.dumps(plain({"time_s": time.time(), "kind": kind, **facts})) + "\n")

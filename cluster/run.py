@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from millrace.actors.evaluation import Evaluation
 from millrace.cluster.plan import Plan
 from millrace.cluster.progress import Meter
 from millrace.cluster.record import Recorder, plain
-from millrace.cluster.result import evaluated, result
+from millrace.cluster.result import Row, evaluated, result, row, shown
 from millrace.cluster.spawn import Spawn
 from millrace.cluster.wiring import Line, wire
 from millrace.core.errors import DeadlineError, MillraceError, boundary
@@ -35,6 +36,9 @@ class Run:
         self._say = say
         self._reports: list[StepReport] = []
         self._evaluations: list[Evaluation] = []
+        self._rows: list[Row] = []  # of all steps in the surviving history, those of earlier incarnations first
+        self._held_out: list[dict[str, Any]] = []  # and of all evaluations
+        self._resumed_at = 0
         self._waiting: Counter[str] = Counter()
         self._polls = 0
         self._stopped = asyncio.Event()
@@ -48,26 +52,45 @@ class Run:
         Raises:
             MillraceError: a component failed; the message names it and the cause.
         """
-        directory = self._plan.config.directory
-        with Recorder(directory) as record:
-            line = self._line = wire(self._plan, self._spawn)
-            components = {"learner": line.learner, **line.workers}
-            if line.held_out is not None:
-                components["held-out"] = line.held_out
-            tasks = {name: asyncio.ensure_future(_attributed(name, each)) for name, each in components.items()}
-            record.event("started", components=sorted(tasks))
+        with Recorder(self._plan.config.directory) as record:
             try:
-                began = await self._watch(line, tasks, record)
-                await self._end(line, tasks)
+                return await self._recorded(record)
             except MillraceError as caught:
                 record.event("failed", cause=str(caught))
                 raise
-            finally:
-                for task in tasks.values():
-                    task.cancel()
-                await asyncio.gather(*tasks.values(), return_exceptions=True)
-            await self._collect(line, record)
-            return await self._conclude(line, record, time.monotonic() - began)
+            except asyncio.CancelledError:
+                record.event("interrupted")
+                raise
+
+    async def _recorded(self, record: Recorder) -> Mapping[str, Any]:
+        line = self._line = wire(self._plan, self._spawn)
+        if self._resume:
+            await self._look_back(line, record)
+        if self._stopped.is_set():
+            await line.learner.stop()
+        components = {"learner": line.learner, **line.workers}
+        if line.held_out is not None:
+            components["held-out"] = line.held_out
+        tasks = {name: asyncio.ensure_future(_attributed(name, each)) for name, each in components.items()}
+        record.event("resumed" if self._resume else "started", step=self._resumed_at, components=sorted(tasks))
+        try:
+            await self._watch(line, tasks, record)
+            await self._end(line, tasks)
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+            with suppress(MillraceError), boundary("collecting"):  # the last steps of a run that fails are kept, too
+                await self._collect(line, record)
+        return await self._conclude(line, record)
+
+    async def _look_back(self, line: Line, record: Recorder) -> None:
+        """Go on from what earlier incarnations recorded, as far as it is committed."""
+        status: QueueStatus = await line.queue.status()
+        kept = record.rewind(status.committed_step)
+        self._rows = [each for each in kept if "held_out" not in each]
+        self._held_out = [each["held_out"] for each in kept if "held_out" in each]
+        self._resumed_at = len(self._rows)
 
     async def stop(self) -> None:
         """Finish the step under way, commit it, and end the run."""
@@ -75,8 +98,8 @@ class Run:
         if self._line is not None:
             await self._line.learner.stop()
 
-    async def _watch(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> float:
-        """Record what happens until the learner is done. Returns when the first weights were announced."""
+    async def _watch(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
+        """Record what happens until the learner is done."""
         loop = self._plan.config.loop
         began = last_step = time.monotonic()
         meter: Meter | None = None
@@ -93,7 +116,7 @@ class Run:
                     self._refuse_a_stall(now - began, status)
                     continue
                 began = last_step = now
-                meter = Meter(now)
+                meter = Meter(now, generated=status.tokens.get("generated", 0))
                 self._say("learner is ready; waiting for the first rollouts")
             self._polls += 1
             self._waiting.update(name for name, why in status.idle.items() if why)
@@ -101,10 +124,10 @@ class Run:
             meter.reports += fresh
             last_step = now if fresh else last_step
             if tasks["learner"].done():
-                return began
+                return
             self._refuse_a_stall(now - last_step, status)
-            if now - meter.time_s >= LINE_S and status.step:
-                eta_s = (loop.steps - status.step) * (now - began) / status.step
+            if now - meter.time_s >= LINE_S and self._reports:
+                eta_s = (loop.steps - status.step) * (now - began) / len(self._reports)
                 newest = self._evaluations[-1] if self._evaluations else None
                 self._say(meter.line(loop, now_s=now, status=status, evaluation=newest, eta_s=eta_s))
 
@@ -124,15 +147,19 @@ class Run:
         reports: list[StepReport] = list(await line.learner.reports(after=len(self._reports)))
         self._reports += reports
         for report in reports:
-            record.metrics(report.step, row(report))
+            self._rows.append(plain(row(report)))
+            record.metrics(report.step, self._rows[-1])
         if line.held_out is not None:
             for evaluation in await line.held_out.results(after=len(self._evaluations)):
                 self._evaluations.append(evaluation)
-                facts = evaluated(evaluation)
+                facts = plain(evaluated(evaluation))
+                if any(each["step"] == evaluation.step for each in self._held_out):
+                    continue  # of the weights that the run resumed from, and evaluated before it ended
+                self._held_out.append(facts)
                 record.metrics(evaluation.step, {"held_out/mean": evaluation.mean, "held_out": facts})
                 record.event("evaluated", **facts)
-                if len(self._evaluations) == 1:
-                    self._say(f"held-out before training: {evaluation.mean:.3f}")
+                if evaluation.step == 0:
+                    self._say(f"held-out before training: {shown(facts['mean'])}")
         return reports
 
     async def _end(self, line: Line, tasks: Mapping[str, asyncio.Future[None]]) -> None:
@@ -148,8 +175,9 @@ class Run:
             names = ", ".join(name for name, task in others.items() if task in late)
             self._say(f"{names} did not leave within {LEAVE_S:g} s and will be ended")
 
-    async def _conclude(self, line: Line, record: Recorder, seconds: float) -> Mapping[str, Any]:
+    async def _conclude(self, line: Line, record: Recorder) -> Mapping[str, Any]:
         """Write result.json and model/."""
+        await self._collect(line, record)
         directory = self._plan.config.directory
         status = await line.queue.status()
         checkpoint: str | None = await line.learner.checkpoint()
@@ -158,10 +186,10 @@ class Run:
         found = plain(
             result(
                 self._plan,
-                ended="stopped" if self._stopped.is_set() else "finished",
-                seconds=seconds,
-                reports=self._reports,
-                evaluations=self._evaluations,
+                ended="finished" if status.step >= self._plan.config.loop.steps else "stopped",
+                rows=self._rows,
+                resumed_at=self._resumed_at,
+                evaluations=sorted(self._held_out, key=lambda each: int(each["step"])),
                 status=status,
                 idle_workers={name: self._waiting[name] / max(self._polls, 1) for name in line.workers},
                 checkpoint=checkpoint,
@@ -175,38 +203,6 @@ class Run:
 async def _attributed(name: str, component: Any) -> None:
     with boundary(name):
         await component.run()
-
-
-def row(report: StepReport) -> dict[str, Any]:
-    """The row of metrics.jsonl of one step."""
-    numbers = report.numbers
-    return {
-        "version": report.version,
-        "reward/mean": report.reward,
-        "reward/std": report.reward_std,
-        "reward/invalid_rollouts": report.invalid_rollouts,
-        "rollout/mean_length": report.length,
-        "rollout/count": report.rollouts,
-        "train/loss": numbers.loss,
-        "train/gradient_norm": numbers.gradient_norm,
-        "train/learning_rate": numbers.learning_rate,
-        "train/entropy": numbers.entropy,
-        "train/tokens": report.tokens,
-        "train/masked_tokens": report.masked_tokens,
-        "train/skipped_groups": report.skipped_groups,
-        **{f"objective/{name}": value for name, value in numbers.metrics.items()},
-        "time/wait_s": report.wait_s,
-        "time/compute_s": report.compute_s,
-        "time/publish_s": report.publish_s,
-        "time/checkpoint_s": report.checkpoint_s,
-        "time/other_s": report.other_s,
-        "time/step_s": report.step_s,
-        **{
-            f"lag_{lag}/{name}": getattr(at_lag, name)
-            for lag, at_lag in numbers.by_lag.items()
-            for name in ("tokens", "k3", "max_gap", "effective_sample_size", "clip_fraction")
-        },
-    }
 
 
 def export(checkpoint: Path, directory: Path) -> None:
