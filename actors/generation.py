@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from millrace.actors.engines import engine as build_engine
+from millrace.actors.engines.wiring import check_wiring
 from millrace.actors.hand import Hand
 from millrace.actors.weights import WeightReceiver
 from millrace.core.calls import Outbox, persist, together
@@ -64,6 +65,10 @@ class GenerationConfig(Config):
     silence_s: float = Field(default=60.0, gt=0)
     """How long the queue or the weight store may fail to answer before the worker gives up."""
 
+    check_wiring: bool = True
+    """A vLLM engine proves at its start that it computes with every tensor loaded into it, see engines/wiring.py. It
+    costs one load of the model in transformers."""
+
     weights_s: float = Field(default=600.0, gt=0)
     """How long a lease may wait for the weights it asks for; the run's first ones are waited for without limit."""
 
@@ -97,6 +102,8 @@ class GenerationWorker:
         self._config = config
         self._clock = clock
         self._engine: Engine = build_engine(**engine) if isinstance(engine, Mapping) else engine
+        is_vllm = isinstance(engine, Mapping) and str(engine["name"]).startswith("vllm")
+        self._to_check = engine if is_vllm and config.check_wiring else None
         self._receiver = WeightReceiver(self._engine, store, probe_every=config.probe_every)
         self._hand = Hand(self._engine, sampling=sampling, whole_groups=config.whole_groups, changed=self._wake)
         self._outbox = Outbox[Group](self._put, linger_s=config.linger_s, full=config.pack_groups)
@@ -129,6 +136,9 @@ class GenerationWorker:
             EngineError: the engine fails group after group.
             Fenced: another incarnation of this worker has joined.
         """
+        if isinstance(self._to_check, Mapping):
+            model, dtype = self._to_check["model"], self._to_check.get("dtype", "float32")
+            await check_wiring(self._engine, model, dtype=dtype)
         self._epoch = await self._answered(
             lambda: self._queue.join(self._name, role=Role.GENERATION, slots=self._config.slots), "join"
         )

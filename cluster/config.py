@@ -136,6 +136,26 @@ class RunConfig(Config):
             raise ValueError(f"name '{self.name}' is not a directory's name: leave out the slashes")
         return self
 
+    @model_validator(mode="after")
+    def _weights_are_published_as_engines_compute(self) -> Self:
+        published, computed = self.learner.publish_dtype, self.generation.dtype
+        if "publish_dtype" in self.learner.model_fields_set and published != computed:
+            raise ValueError(
+                f"learner.publish_dtype = '{published}', but generation.dtype = '{computed}': what is published could "
+                "not be proved in the engines; leave publish_dtype out, it follows generation.dtype"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_verdict_comes_before_its_lease_ends(self) -> Self:
+        if self.rewards.deadline_s >= self.loop.judge_lease_s:
+            raise ValueError(
+                f"rewards.deadline_s = {self.rewards.deadline_s:g} is not below loop.judge_lease_s = "
+                f"{self.loop.judge_lease_s:g}: slow verdicts would come after the lease of their group has ended, and "
+                "be thrown away; raise loop.judge_lease_s to at least twice the deadline"
+            )
+        return self
+
     @property
     def verifier(self) -> Spec | None:
         """What judges: the run's own choice, else the recipe's."""

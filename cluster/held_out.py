@@ -14,7 +14,7 @@ from millrace.core.types import Prompt, WorkerId
 from millrace.core.weights import FileWeightStore
 from millrace.rewards.worker import DeferredJudge
 
-POLL_S = 0.2
+POLL_S = 0.5
 
 
 class HeldOut:

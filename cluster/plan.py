@@ -4,7 +4,6 @@
 verifier. `millrace train` begins with it; `--dry-run` ends with it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from millrace.core.catalogue import Spec, split
 from millrace.core.config import Config
 from millrace.core.errors import ConfigError, ModelError, RecipeError, boundary, nearest
 from millrace.core.protocols import Sampling
+from millrace.core.references import is_reference
 from millrace.core.replay import limiter
 from millrace.core.types import Prompt
 from millrace.learner.learner import LearnerConfig
@@ -35,6 +35,7 @@ class Plan:
     """A run that can start."""
 
     config: RunConfig
+    objective: str  # the composed loss, in words
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     sampling: Sampling
@@ -62,11 +63,7 @@ def make_plan(config: RunConfig) -> Plan:
     """
     objective = Objective.of(config.recipe.objective, models=frozenset({"reference"} if config.reference else ()))
     supervised = not objective.learns_from_rewards
-    if config.verifier is None and not supervised:
-        raise RecipeError(
-            f"recipe {config.recipe.origin} learns from rewards, but names no verifier: "
-            'set rewards.verifier to a name, or to your own "file.py:function"'
-        )
+    _check_recipe(config, objective)
     tokenizer = load_tokenizer(config.model)
     context = _context(config.model)
     new = 0 if supervised else config.sampling.max_tokens
@@ -91,6 +88,7 @@ def make_plan(config: RunConfig) -> Plan:
     engine, engine_notes = _engine(config, min(config.generation.context or longest, context))
     return Plan(
         config=config,
+        objective=str(objective),
         prompts=prompts,
         held_out=held_out,
         sampling=Sampling(
@@ -105,6 +103,26 @@ def make_plan(config: RunConfig) -> Plan:
         verifier=config.verifier,
         notes=(*notes, *engine_notes),
     )
+
+
+def _check_recipe(config: RunConfig, objective: Objective) -> None:
+    """The recipe and the run fit each other."""
+    if config.verifier is None and objective.learns_from_rewards:
+        raise RecipeError(
+            f"recipe {config.recipe.origin} learns from rewards, but names no verifier: "
+            'set rewards.verifier to a name, or to your own "file.py:function"'
+        )
+    advantage = objective.advantage
+    if advantage is not None and config.loop.group_size == 1 and not is_reference(advantage.name):
+        raise RecipeError(
+            f"recipe {config.recipe.origin}: {advantage.name} compares the rollouts of a group, but "
+            "loop.group_size = 1: every advantage would be 0, and nothing learnt; set it to 2 or more"
+        )
+    if unused := [slot for slot in ("shapers", "filters") if getattr(config.recipe.rewards, slot)]:
+        raise RecipeError(
+            f"recipe {config.recipe.origin}: rewards.{unused[0]} is not applied by this release: leave it out, and "
+            "shape scores in the verifier"
+        )
 
 
 def _data(
@@ -214,7 +232,7 @@ def _described(plan: Plan) -> Iterator[str]:
     loop, generation = config.loop, config.generation
     yield f"run        {config.name} -> {config.directory}"
     yield f"model      {config.model}" + (f", reference {config.reference}" if config.reference else "")
-    yield f"recipe     {config.recipe.origin}: {json.dumps(config.recipe.objective.model_dump(exclude_unset=True))}"
+    yield f"recipe     {config.recipe.origin}: {plan.objective}"
     yield f"data       {len(plan.prompts)} prompts of {config.data.train}"
     if plan.held_out:
         yield (

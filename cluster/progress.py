@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 from millrace.actors.evaluation import Evaluation
 from millrace.core.protocols import QueueStatus
@@ -32,6 +33,15 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
+def shown(mean: float) -> str:
+    """A mean reward; there is none where every judgement failed.
+
+    >>> shown(0.5), shown(float("nan"))
+    ('0.500', 'no score')
+    """
+    return f"{mean:.3f}" if isfinite(mean) else "no score"
+
+
 def mean_lag(reports: Sequence[StepReport]) -> float:
     """Of the trained tokens, versions."""
     tokens = [(lag, numbers.tokens) for report in reports for lag, numbers in report.numbers.by_lag.items()]
@@ -57,7 +67,7 @@ class Meter:
         if reports:
             parts.append(f"reward {sum(r.reward for r in reports) / len(reports):.3f}")
         if evaluation is not None:
-            parts.append(f"held-out {evaluation.mean:.3f} @{evaluation.step}")
+            parts.append(f"held-out {shown(evaluation.mean)} @{evaluation.step}")
         parts.append(f"lag {mean_lag(reports):.1f} of {loop.max_lag}")
         parts.append(f"generate {count((generated - self.generated) / elapsed_s)} tok/s")
         parts.append(f"learn {count(sum(r.tokens for r in reports) / elapsed_s)} tok/s")

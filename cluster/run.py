@@ -12,18 +12,18 @@ from typing import Any
 
 from millrace.actors.evaluation import Evaluation
 from millrace.cluster.plan import Plan
-from millrace.cluster.progress import Meter
+from millrace.cluster.progress import Meter, shown
 from millrace.cluster.record import Recorder, plain
-from millrace.cluster.result import Row, evaluated, result, row, shown
+from millrace.cluster.result import Row, evaluated, result, row
 from millrace.cluster.spawn import Spawn
 from millrace.cluster.wiring import Line, wire
 from millrace.core.errors import DeadlineError, MillraceError, boundary
 from millrace.core.protocols import QueueStatus
 from millrace.learner.report import StepReport
 
-POLL_S = 0.25
+POLL_S = 1.0
 LINE_S = 5.0  # between two progress lines
-LEAVE_S = 60.0  # for workers to see what is in hand through, and leave
+LEAVE_S = 5.0  # for workers to see what is in hand through, and leave, when the run was stopped
 
 
 class Run:
@@ -109,7 +109,8 @@ class Run:
             for task in tasks.values():
                 if task.done():
                     task.result()  # raises what the component raised
-            status: QueueStatus = await line.queue.status()
+            with boundary("watching the queue"):
+                status: QueueStatus = await line.queue.status()
             now = time.monotonic()
             if meter is None:
                 if status.newest_version < 0:
@@ -159,7 +160,7 @@ class Run:
                 record.metrics(evaluation.step, {"held_out/mean": evaluation.mean, "held_out": facts})
                 record.event("evaluated", **facts)
                 if evaluation.step == 0:
-                    self._say(f"held-out before training: {shown(facts['mean'])}")
+                    self._say(f"held-out before training: {shown(evaluation.mean)}")
         return reports
 
     async def _end(self, line: Line, tasks: Mapping[str, asyncio.Future[None]]) -> None:
@@ -168,12 +169,17 @@ class Run:
         if line.held_out is not None:
             await line.held_out.finish()
         others = {name: task for name, task in tasks.items() if name != "learner"}
-        done, late = await asyncio.wait(others.values(), timeout=LEAVE_S)
-        for task in done:
-            task.result()
-        if late:
-            names = ", ".join(name for name, task in others.items() if task in late)
-            self._say(f"{names} did not leave within {LEAVE_S:g} s and will be ended")
+        late, began = set(others.values()), time.monotonic()
+        while late:
+            # Who stops a run does not wait; otherwise the last evaluation may take its time.
+            limit_s = LEAVE_S if self._stopped.is_set() else self._plan.config.stall_s
+            if time.monotonic() - began > limit_s:
+                names = ", ".join(name for name, task in others.items() if task in late)
+                self._say(f"{names} did not leave within {limit_s:g} s and will be ended")
+                return
+            done, late = await asyncio.wait(late, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
 
     async def _conclude(self, line: Line, record: Recorder) -> Mapping[str, Any]:
         """Write result.json and model/."""

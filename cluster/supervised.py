@@ -12,6 +12,7 @@ from millrace.cluster.progress import count, duration
 from millrace.cluster.record import Recorder, plain
 from millrace.cluster.result import SCHEMA_VERSION, packages
 from millrace.cluster.spawn import Spawn
+from millrace.core.errors import MillraceError, boundary
 from millrace.core.recipe import ObjectiveConfig
 from millrace.core.types import Prompt
 from millrace.learner.step import StepNumbers
@@ -68,24 +69,14 @@ async def run_supervised(plan: Plan, *, spawn: Spawn, say: Callable[[str], None]
         name="learner",
         gpus=run.learner.gpus,
     )
-    task = asyncio.ensure_future(learner.run())
     steps = plan.supervision.epochs * -(-len(plan.prompts) // plan.supervision.batch_rows)
-    began = said = time.monotonic()
-    seen = 0
     with Recorder(directory) as record:
-        while True:
-            done, _ = await asyncio.wait([task], timeout=POLL_S)
-            for numbers in await learner.losses(after=seen):
-                seen += 1
-                record.metrics(seen, {"train/loss": numbers.loss, "train/gradient_norm": numbers.gradient_norm})
-            if done:
-                break
-            now = time.monotonic()
-            if seen and now - said >= LINE_S:
-                said = now
-                eta_s = (steps - seen) * (now - began) / seen
-                say(f"step {seen}/{steps}  loss {numbers.loss:.3f} nats per token  eta {duration(eta_s)}")
-        done_with: SupervisedResult = task.result()
+        try:
+            with boundary("learner"):
+                done_with = await _watched(learner, steps, record, say)
+        except MillraceError as caught:
+            record.event("failed", cause=str(caught))
+            raise
         record.event("finished", step=done_with.steps)
     found = plain(
         {
@@ -102,3 +93,22 @@ async def run_supervised(plan: Plan, *, spawn: Spawn, say: Callable[[str], None]
     (directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")
     say(f"{count(done_with.tokens)} tokens, loss {done_with.first_loss:.3f} -> {done_with.last_loss:.3f}")
     return dict(found)
+
+
+async def _watched(learner: Any, steps: int, record: Recorder, say: Callable[[str], None]) -> SupervisedResult:
+    """Record what it does until it is done."""
+    task: asyncio.Future[SupervisedResult] = asyncio.ensure_future(learner.run())
+    began = said = time.monotonic()
+    seen = 0
+    while True:
+        done, _ = await asyncio.wait([task], timeout=POLL_S)
+        for numbers in await learner.losses(after=seen):
+            seen += 1
+            record.metrics(seen, {"train/loss": numbers.loss, "train/gradient_norm": numbers.gradient_norm})
+        if done:
+            return task.result()
+        now = time.monotonic()
+        if seen and now - said >= LINE_S:
+            said = now
+            eta_s = (steps - seen) * (now - began) / seen
+            say(f"step {seen}/{steps}  loss {numbers.loss:.3f} nats per token  eta {duration(eta_s)}")

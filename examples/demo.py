@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from examples import make_data, tiny_model
@@ -35,11 +34,11 @@ COMMON: dict[str, Any] = {
     "betas": (0.9, 0.95),
     "weight_decay": 0.01,
     "schedule": "linear",
-    "threads": 2,
+    "threads": 1,
     "seed": 3,
 }
 PHASES = {
-    "right": SupervisedConfig(learning_rate=3e-3, warmup_steps=20, decay_steps=1200, **COMMON),
+    "right": SupervisedConfig(learning_rate=3e-3, warmup_steps=20, decay_steps=1000, **COMMON),
     "noisy": SupervisedConfig(learning_rate=3e-4, warmup_steps=10, decay_steps=100, **COMMON),
 }
 
@@ -100,7 +99,6 @@ def main() -> int:
     print("1. Warm start: supervised training of a model with random weights, first on right answers,")
     print(f"   then on DELIBERATELY NOISY ones ({wrong} are wrong), so that it knows the tasks but answers badly.")
     seconds = warm_start(RUNS)
-    torch.set_num_threads(1)
     print(f"   {seconds:.0f} s")
     results = {}
     with ray_cluster():

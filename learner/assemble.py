@@ -90,7 +90,7 @@ class Assembled:
 
     microbatches: tuple[Microbatch, ...]
     tokens: int  # in the loss, those of skipped groups among them
-    masked_tokens: int  # sampled, left out for their age
+    masked_tokens: int  # sampled, left out for their age or for want of a verdict
     invalid: int  # rollouts without a verdict
     skipped_groups: int  # of zero advantage, where that is exactly zero loss
     rows: int  # of all micro-batches
@@ -167,6 +167,8 @@ def assemble(
         advantage_G = objective.advantages({"reward_G": reward_G, "length_G": length_G})
         lags = lags_of(group, runs)
         lengths += length_G.tolist()
+        valid = set(places)
+        masked += sum(int(r.sampled_T.sum()) for place, r in enumerate(group.rollouts) if place not in valid)
         for rollout, place, advantage in zip(members.rollouts, places, advantage_G.tolist(), strict=True):
             sample, stale = _sample(index, group, rollout, lags[place], advantage, mask_above)
             masked += stale

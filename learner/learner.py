@@ -49,8 +49,8 @@ class LearnerConfig(OptimiserConfig):
     """Of matrix products. Master weights, log-probabilities and the optimiser are float32."""
     publish_dtype: PublishedDtype = "float32"
     """Of published weights: what the engines compute in."""
-    probe_every: PositiveInt = 20
-    """The first published version carries probes, and each so-many-th after it."""
+    probe_every: PositiveInt = 1
+    """The first published version carries probes, and each so-many-th after it: without them no engine can join."""
     checkpoint_every: PositiveInt = 50
     """Steps between commits. The last step is always committed."""
     checkpoint_keep: PositiveInt = 2
@@ -212,7 +212,7 @@ class Learner:
         self._committed = checkpoint.surviving(self._directory, resumption.directory)
 
     async def _one_step(self) -> None:
-        began = self._clock()
+        began = self._phase_began = self._clock()
         self._spent = {"waiting": 0.0, "computing": 0.0, "publishing": 0.0, "committing": 0.0}
         batch = await self._take()
         if batch is None:

@@ -306,8 +306,8 @@ class Policy:
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=reduced):
             return logprobs(model, inputs, temperature=self.temperature)
 
-    def score(self, token_T: np.ndarray) -> np.ndarray:
-        """Log-probabilities of token_T[1:] at temperature 1, nats, float32."""
+    def score(self, token_T: np.ndarray, *, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        """Log-probabilities of token_T[1:] at temperature 1, nats, float32; matrix products in `dtype`."""
         token_C = _tensor(token_T.astype(np.int64), self.device)
         position_C = torch.arange(len(token_T), device=self.device)
         zero = np.zeros(1, np.int64)
@@ -321,6 +321,7 @@ class Policy:
             row_N=position_C[:-1],
             token_N=token_C[1:],
         )
-        with torch.no_grad():
+        reduced = dtype is not torch.float32
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=reduced):
             logprob_N, _ = logprobs(self.model, inputs)
-        return logprob_N.cpu().numpy()
+        return logprob_N.float().cpu().numpy()

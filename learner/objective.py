@@ -102,7 +102,9 @@ class Objective:
         )
         for word, model in words.NEEDS_MODEL.items():
             if word in objective.asks and model not in models:
-                raise RecipeError(f"this recipe's objective asks for {word}: give the run a [{model}] model")
+                raise RecipeError(
+                    f'this recipe\'s objective asks for {word}: give the run a {model} model, {model} = "path"'
+                )
         return objective
 
     @property

@@ -14,6 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -199,9 +200,14 @@ class Judge:
 
     def _read(self, value: Any) -> Verdict:
         if isinstance(value, Verdict):
-            if value.score is not None:
-                self._check(value.score, "the verdict's score")
-            return value
+            # Numbers of other libraries would not survive the journal.
+            score = None if value.score is None else self._check(value.score, "the verdict's score")
+            components = {
+                str(name): self._number(part, f"component {name!r}") for name, part in value.components.items()
+            }
+            if value.kind is VerdictKind.SUBJECT_FAILED:
+                score = self._config.lowest  # or hanging the judge would pay, where wrong answers have less than 0
+            return replace(value, score=score, components=components, feedback=str(value.feedback))
         if isinstance(value, Mapping):
             if "score" not in value:
                 raise RewardError(f"{self._whose} returned {_shown(value)}: a mapping needs a component 'score'")

@@ -149,7 +149,7 @@ class RewardWorker:
         self._judging: set[asyncio.Task[None]] = set()
         self._epoch = -1
         self._requests = 0
-        self._slow = False
+        self._slow = True  # until the first group has shown otherwise
         self._members = 1  # responses of a group, as last leased
         self._pause_s = FIRST_PAUSE_S
         self._changed = asyncio.Event()
@@ -203,6 +203,8 @@ class RewardWorker:
             groups = await self._lease(self._room())
             for group in groups:
                 self._members = len(group.rollouts)
+                if group.id in self._hand:
+                    continue  # its lease ended before its verdict, and came back: the judging under way serves it
                 self._hand[group.id] = 0
                 task = self._tasks.create_task(self._judged(group))
                 self._judging.add(task)

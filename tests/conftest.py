@@ -38,6 +38,22 @@ def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def digit_model(table_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, warm-started: behind `a=b` it answers with some digit and ends, so that a tenth is right."""
+    directory = tmp_path_factory.mktemp("models") / "digits"
+    model = TableForCausalLM.from_pretrained(table_model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(table_model)
+    digits = tokenizer.convert_tokens_to_ids(list("0123456789"))
+    with torch.no_grad():
+        for digit in digits:
+            model.table[digit, 2, digits] = 6.0
+            model.table[digit, 3, tokenizer.eos_token_id] = 9.0
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def write_rows(path: Path, rows: Sequence[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -31,8 +31,8 @@ def sorting(*, seed: int, digits: int = 5) -> Iterator[Problem]:
         yield {"prompt": f"sort {text}=", "answer": "".join(sorted(text))}
 
 
-def arithmetic(*, seed: int, largest: int = 49) -> Iterator[Problem]:
-    """Sums and differences of two numbers of two digits each, 05 for 5; the difference is never negative.
+def arithmetic(*, seed: int, largest: int = 49, signs: str = "+-") -> Iterator[Problem]:
+    """Sums, differences, or both, of two numbers of two digits each, 05 for 5; the difference is never negative.
 
         a + b or a - b, 0 <= a, b <= largest
 
@@ -41,6 +41,7 @@ def arithmetic(*, seed: int, largest: int = 49) -> Iterator[Problem]:
     Args:
         seed: the same seed gives the same rows on every machine.
         largest: of both numbers, 1 to 49, so that every answer has two digits.
+        signs: "+", "-" or "+-".
     Yields:
         Rows with `prompt` and `answer`, until every prompt has been given once.
 
@@ -49,11 +50,13 @@ def arithmetic(*, seed: int, largest: int = 49) -> Iterator[Problem]:
     """
     if not 1 <= largest <= 49:
         raise ConfigError(f"arithmetic: largest={largest}; choose 1 to 49")
+    if signs not in ("+", "-", "+-"):
+        raise ConfigError(f"arithmetic: signs={signs!r}; choose '+', '-' or '+-'")
     size = largest + 1
-    for number in _distinct(2 * size * size, seed):
-        minus, pair = divmod(number, size * size)
+    for number in _distinct(len(signs) * size * size, seed):
+        which, pair = divmod(number, size * size)
         a, b = divmod(pair, size)
-        if not minus:
+        if signs[which] == "+":
             yield {"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:02d}"}
         elif a >= b:
             yield {"prompt": f"{a:02d}-{b:02d}=", "answer": f"{a - b:02d}"}

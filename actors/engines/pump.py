@@ -185,10 +185,14 @@ class Pump(Generic[C]):
 
     async def answered(self, work: Callable[[], "Future[R]"]) -> R:
         """Start `work` between two steps and wait for the future that it returns, which later steps settle."""
-        answer = asyncio.wrap_future(await self.between(work))
+        return await self.settled(await self.between(work))
+
+    async def settled(self, future: "Future[R]") -> R:
+        """Wait for a future that a step settles; the engine's end settles it too."""
+        answer = asyncio.wrap_future(future)
         self._waiting.add(answer)
         try:
-            if self._broken is not None:  # in a step between the two lines above
+            if self._broken is not None:  # in a step before the line above
                 raise EngineError(str(self._broken))
             return await answer
         finally:

@@ -25,7 +25,7 @@ from vllm.v1.executor import Executor
 
 from millrace.actors.engines.pump import Call, Pump, Response
 from millrace.actors.engines.vllm_weights import TensorRow, request_id
-from millrace.actors.weights import check_digest, check_names, probe_gap
+from millrace.actors.weights import check_digest, check_names, check_probes
 from millrace.core.config import Config
 from millrace.core.errors import EngineError, WeightsError, boundary
 from millrace.core.protocols import Manifest, Proof, Sampling, WeightHandle
@@ -62,6 +62,7 @@ def engine_arguments(model: str, slots: int, max_model_len: int, dtype: str, see
         "model": model,
         "skip_tokenizer_init": True,
         "max_num_seqs": slots,
+        "scheduling_policy": "priority",  # a probe does not queue behind the responses that wait for a slot
         "max_model_len": max_model_len,
         "dtype": dtype,
         "seed": seed,
@@ -180,7 +181,7 @@ class VllmCore:
         name = f"score-{self._numbers}"
         future = self._scores[name] = Future()
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True)
-        self._client.add_request(_request(name, tokens, params))
+        self._client.add_request(_request(name, tokens, params, priority=-1))
         return future
 
     def swap(self, weights: WeightHandle, *, recompute: bool) -> tuple[frozenset[str], float]:
@@ -252,7 +253,7 @@ class VllmCore:
                 future.set_exception(EngineError("vLLM ended a scored prompt without its log-probabilities"))
 
 
-def _request(name: str, tokens: list[int], params: SamplingParams) -> EngineCoreRequest:
+def _request(name: str, tokens: list[int], params: SamplingParams, *, priority: int = 0) -> EngineCoreRequest:
     return EngineCoreRequest(
         request_id=name,
         prompt_token_ids=tokens,
@@ -263,6 +264,7 @@ def _request(name: str, tokens: list[int], params: SamplingParams) -> EngineCore
         lora_request=None,
         cache_salt=None,
         data_parallel_rank=None,
+        priority=priority,
     )
 
 
@@ -302,9 +304,17 @@ class VllmEngine:
             manifest = weights.manifest
             digest = await asyncio.to_thread(check_digest, weights)
             recompute = self._options.prefix_cache == "recompute"
-            consumed, pause_s = await self._pump.between(lambda: self._core.swap(weights, recompute=recompute))
+            longest = self._max_model_len - 1
+            probes = manifest.probes if prove and longest >= 2 else ()
+
+            def swap() -> tuple[frozenset[str], float, list[Future[Floats]]]:
+                consumed, pause_s = self._core.swap(weights, recompute=recompute)
+                # Before the next step, which would fill the slots that a recomputation has just emptied.
+                return consumed, pause_s, [self._core.score(probe.tokens_T[:longest].tolist()) for probe in probes]
+
+            consumed, pause_s, scores = await self._pump.between(swap)
             self._version = manifest.version
-            gap = await probe_gap(manifest, self._score, longest=self._max_model_len - 1) if prove else None
+            gap = check_probes(manifest, [await self._pump.settled(score) for score in scores]) if scores else None
             return Proof(version=manifest.version, digest=digest, consumed=consumed, probe_gap=gap, pause_s=pause_s)
 
     async def score(self, tokens_T: Ints) -> Floats:

@@ -177,7 +177,8 @@ class VllmAsyncEngine:
         tokens = tokens_T.tolist()
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True)
         final: Any = None
-        async for output in self._llm.generate({"prompt_token_ids": tokens}, params, f"{_SCORE}-{self._number()}"):
+        name = f"{_SCORE}-{self._number()}"
+        async for output in self._llm.generate({"prompt_token_ids": tokens}, params, name, priority=-1):
             final = output
         steps = zip(final.prompt_logprobs[1:], tokens[1:], strict=True)
         return np.array([row[token].logprob for row, token in steps], np.float32)

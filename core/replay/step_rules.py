@@ -139,7 +139,12 @@ class StepRules(Transaction):
             deadline, excess = found
             late = [draw for draw in state.draws.values() if draw.state in OPEN and draw.deadline <= deadline]
             late.sort(key=lambda draw: (draw.deadline, draw.state is State.SCORED, -draw.index))
-            self._give_up(late[:excess], "wait", State.STALE)
+            late = late[:excess]
+            # What is still being generated is begun anew by an engine of the surviving branch.
+            self._give_up([draw for draw in late if draw.state is State.LEASED], "wait", State.WAITING)
+            self._give_up(
+                [draw for draw in late if draw.state not in (State.LEASED, State.WAITING)], "wait", State.STALE
+            )
 
     def _evict_old(self, step: int) -> None:
         """Under `drop` and `requeue` no scored group older than max_lag enters a batch."""

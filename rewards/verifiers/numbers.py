@@ -38,7 +38,7 @@ def numeric(
     Read are signs, decimals, thousands separators (1,234.5), scientific notation (6.02e23), fractions (3/4,
     \\frac{3}{4}), per cent (50% is 0.5) and amounts ($5). Where the text holds a \\boxed{} or a ####, only what stands
     in the last \\boxed{}, else behind the last ####, is read. Mixed numbers (1 1/2) are read as two. A response with no
-    number, or with one that is not finite, is a SUBJECT_FAILED verdict: it trains as 0.
+    number, or with one that is not finite, is a SUBJECT_FAILED verdict: it trains as `rewards.lowest`.
 
     Args:
         text: the response, decoded.

@@ -391,6 +391,13 @@ def test_arithmetic_gives_every_sum_and_every_difference_that_is_not_negative_on
         assert row["answer"] == f"{a + b if operator == '+' else a - b:02d}"
 
 
+def test_arithmetic_keeps_to_the_signs_it_was_given() -> None:
+    sums = list(arithmetic(seed=0, largest=9, signs="+"))
+    assert len(sums) == 100
+    assert all("+" in row["prompt"] for row in sums)
+    assert len(list(arithmetic(seed=0, largest=9, signs="-"))) == 55
+
+
 @pytest.mark.parametrize("task", [sorting, arithmetic])
 def test_a_seed_fixes_a_generated_task(task: Any) -> None:
     first, again, other = ([row["prompt"] for row, _ in zip(task(seed=s), range(50), strict=False)] for s in (1, 1, 2))
@@ -402,6 +409,7 @@ def test_a_seed_fixes_a_generated_task(task: Any) -> None:
     [
         (sorting, {"digits": 0}, "sorting: digits=0; choose 1 to 9"),
         (arithmetic, {"largest": 50}, "arithmetic: largest=50; choose 1 to 49"),
+        (arithmetic, {"signs": "x"}, "arithmetic: signs='x'; choose"),
     ],
 )
 def test_sizes_that_a_task_cannot_have_are_refused(task: Any, options: dict[str, int], message: str) -> None:

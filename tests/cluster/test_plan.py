@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Change, type[MillraceError], str]] = {
     "recipe that needs a reference model": (
         {"recipe": "grpo_kl"},
         RecipeError,
-        r"asks for reference_logprob_N: give the run a \[reference\] model",
+        r"asks for reference_logprob_N: give the run a reference model, reference = ",
     ),
     "recipe without verifier": (
         {"recipe": {"objective": {}}, "rewards": {}},
@@ -87,6 +87,26 @@ CASES: dict[str, tuple[Change, type[MillraceError], str]] = {
         {"generation": {"engine": "table", "slots": 64, "workers": 3}},
         ConfigError,
         r"generation\.workers = 3 .*1 of them would never work.*64 of 192 engine slots can never be filled",
+    ),
+    "slots of the recipe that nothing applies": (
+        {"recipe": {"name": "grpo", "rewards": {"filters": ["mine.py:keep"]}}},
+        RecipeError,
+        r"recipe grpo: rewards\.filters is not applied by this release: leave it out",
+    ),
+    "groups of one for an advantage within the group": (
+        {"loop": {"steps": 2, "groups_per_step": 64, "group_size": 1}},
+        RecipeError,
+        r"advantages\.grpo compares the rollouts of a group, but loop\.group_size = 1.*set it to 2 or more",
+    ),
+    "weights published in another type than engines compute in": (
+        {"learner": {"publish_dtype": "bfloat16"}},
+        ConfigError,
+        r"learner\.publish_dtype = 'bfloat16', but generation\.dtype = 'float32'.*leave publish_dtype out",
+    ),
+    "verdicts that come after their lease": (
+        {"rewards": {"verifier": "exact", "deadline_s": 60}},
+        ConfigError,
+        r"rewards\.deadline_s = 60 is not below loop\.judge_lease_s = 60: .*raise loop\.judge_lease_s",
     ),
     "unknown engine": (
         {"generation": {"engine": "vlm"}},

@@ -97,7 +97,8 @@ def test_lags_stay_with_their_members_when_one_has_no_verdict(group_of, judged):
     (micro,) = batch.microbatches
     assert micro.token_N.tolist() == group.rollouts[2].tokens_T.tolist()
     assert micro.staleness_N.tolist() == [1] * 4 and micro.advantage_N.tolist() == [-1.0] * 4
-    assert (batch.masked_tokens, batch.invalid, batch.skipped_groups) == (3, 1, 0)
+    assert (batch.masked_tokens, batch.invalid, batch.skipped_groups) == (5, 1, 0)
+    assert batch.tokens + batch.masked_tokens == group.tokens, "the waste ledger would not close"
 
 
 def test_rows_behind_the_last_loss_token_are_not_computed(group_of, judged):

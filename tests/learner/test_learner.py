@@ -320,7 +320,9 @@ def test_stale_tokens_are_masked_when_the_batch_says_so(tmp_path, table_dir):
 
 def test_a_penalty_that_needs_a_reference_gets_one_or_is_refused_at_once(tmp_path, table_dir):
     objective = {**GRPO, "penalties": [{"name": "k3", "coefficient": 100.0}]}
-    with pytest.raises(RecipeError, match=r"asks for reference_logprob_N: give the run a \[reference\] model"):
+    with pytest.raises(
+        RecipeError, match=r"asks for reference_logprob_N: give the run a reference model, reference = "
+    ):
         make(tmp_path, table_dir, objective=objective)
     learner, _, reports = make(tmp_path, table_dir, objective=objective, reference=table_dir, steps=12)
     asyncio.run(learner.run())

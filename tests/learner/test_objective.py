@@ -263,7 +263,10 @@ def test_a_micro_batch_without_loss_tokens_is_zero() -> None:
 
 
 REFUSALS: list[tuple[Any, str]] = [
-    ({"penalties": ["k3"]}, "this recipe's objective asks for reference_logprob_N: give the run a [reference] model"),
+    (
+        {"penalties": ["k3"]},
+        'this recipe\'s objective asks for reference_logprob_N: give the run a reference model, reference = "path"',
+    ),
     (
         {"surrogate": {"name": "clip", "hi": 1.0}},
         "surrogates.clip has no parameter 'hi'; did you mean 'high'? It takes",

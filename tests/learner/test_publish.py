@@ -1,5 +1,7 @@
 """The flat buffer, its manifest and its probes."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +80,22 @@ def test_bfloat16_is_half_the_bytes_and_rounds_the_same_way(make_model):
 def test_probe_sequences_are_fixed_and_fit_the_context():
     assert [t.tolist() for t in probe_sequences(50, 8)] == [t.tolist() for t in probe_sequences(50, 8)]
     assert all(len(tokens) == 8 and tokens.max() < 50 for tokens in probe_sequences(50, 8))
+
+
+def test_half_precision_is_allowed_as_much_as_these_weights_round(make_model):
+    """Large logits round by more: a fixed tolerance would end a worker that holds the very weights published."""
+    model = make_model("qwen2-untied")
+    sequences = probe_sequences(model.config.vocab_size, None)
+
+    def gap_and_tolerance() -> tuple[float, float]:
+        manifest, _ = Publisher(Policy(model), dtype="bfloat16").pack(version=0, step=0, epoch=1)
+        engine = Policy(copy.deepcopy(model).to(torch.bfloat16))  # every operation and every weight rounded
+        pairs = zip(sequences, manifest.probes, strict=True)
+        return max(np.abs(engine.score(tokens) - probe.logprob_T).max() for tokens, probe in pairs), manifest.tolerance
+
+    gap, tolerance = gap_and_tolerance()
+    assert gap < tolerance
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    gap, tolerance = gap_and_tolerance()
+    assert 0.1 < gap < tolerance

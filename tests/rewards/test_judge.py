@@ -1,6 +1,7 @@
 """Every way a verifier can fail is a judge failure with its cause, never a score."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -62,6 +63,12 @@ def test_numbers_are_scores(value: Any, expected: float) -> None:
     assert (verdict.kind, verdict.score) == (VerdictKind.SCORED, expected)
 
 
+def test_numbers_of_a_verdict_become_plain_ones_which_the_journal_can_write() -> None:
+    given = Verdict(kind=VerdictKind.SCORED, score=np.float32(0.5), components={"format": np.int64(1)})  # type: ignore[arg-type]
+    (verdict,) = judged(lambda text: given)
+    assert json.loads(json.dumps([verdict.score, dict(verdict.components)])) == [0.5, {"format": 1.0}]
+
+
 def test_a_mapping_keeps_its_components_apart() -> None:
     (verdict,) = judged(lambda text: {"score": 0.5, "format": 1, "length": -3.0})
     assert verdict.score == 0.5
@@ -71,6 +78,8 @@ def test_a_mapping_keeps_its_components_apart() -> None:
 def test_a_subject_failure_is_a_score_and_a_judge_failure_is_not() -> None:
     subject = Verdict(kind=VerdictKind.SUBJECT_FAILED, score=0.0, feedback="no number")
     assert judged(lambda text: subject) == [subject]
+    (least,) = judged(lambda text: subject, lowest=-1.0)
+    assert least.score == -1.0  # a wrong answer may score less than 0; not to be readable must not pay
     ours = Verdict(kind=VerdictKind.JUDGE_FAILED, score=None, feedback="service down")
     (verdict,) = judged(lambda text: ours)
     assert verdict.kind is VerdictKind.JUDGE_FAILED

@@ -282,6 +282,29 @@ def test_a_heartbeat_tells_the_verdicts_so_far() -> None:
     asyncio.run(scenario())
 
 
+def test_a_group_that_comes_back_while_it_is_judged_is_judged_once() -> None:
+    HELD.clear()
+
+    async def scenario() -> Mapping[str, Any]:
+        world = World(judge_lease_s=0.1, judge_expiries=1000)
+        worker = world.worker("exact")
+        worker._judge._method = _own(hold_draw_0)
+        await world.start()
+        await world.make(2)
+        async with running(worker):
+            leases: list[Any] = []
+            leased = world.queue._ledger.lease_groups
+            world.queue._ledger.lease_groups = lambda *a, **k: leases.append(leased(*a, **k)) or leases[-1]  # type: ignore[method-assign]
+            await until(lambda: [GroupId(0, 0)] in leases)  # its lease ended, and it was leased to the same worker
+            HELD.set()
+            await world.take(0)
+            return await worker.status()
+
+    status = asyncio.run(scenario())
+    assert status["verdicts"]["scored"] == 2 * N
+    assert status["hand"] == 0
+
+
 def test_another_worker_judges_what_a_killed_one_had_leased() -> None:
     HELD.clear()
 

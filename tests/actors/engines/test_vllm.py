@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,55 @@ def test_kept_keys_and_values_are_those_of_the_old_weights(build_case: Callable[
             ]
             assert gaps[0] <= 1e-5  # before the swap, exact
             assert gaps[1] > 1e-2  # after it, old keys and values under new weights
+
+    case.run(work)
+
+
+@pytest.mark.parametrize("prefix_cache", ["recompute", "keep"])
+def test_probes_do_not_queue_behind_waiting_responses(build_case: Callable[..., Any], prefix_cache: str) -> None:
+    case = build_case("vllm", prefix_cache=prefix_cache)
+
+    async def work() -> None:
+        await case.engine.load(case.publish(), prove=True)
+        sampling = Sampling(max_tokens=200)
+        sample = partial(case.engine.sample, PROMPT, sampling=sampling)
+        calls = [asyncio.create_task(sample(seeds=[seed], key=str(seed))) for seed in range(64)]  # on 16 slots
+        while case.engine.progress().get("0", 0) < 20:
+            await asyncio.sleep(0.001)
+        await case.engine.load(case.publish(), prove=True)
+        assert case.engine.progress()["63"] == 0  # has not even started
+        await asyncio.gather(*calls)
+
+    case.run(work)
+
+
+def test_a_small_kv_cache_costs_time_and_nothing_else(build_case: Callable[..., Any]) -> None:
+    """vLLM takes requests out and computes them again: tokens, versions, log-probabilities and the count stay right."""
+    case = build_case("vllm", kv_cache_gib=0.0015)
+    scheduler = case.engine._core._core.scheduler
+    preempt, preempted = scheduler._preempt_request, []
+    scheduler._preempt_request = lambda request, *a, **k: (
+        preempted.append(request.request_id),
+        preempt(request, *a, **k),
+    )
+
+    async def work() -> None:
+        await case.engine.load(case.publish(), prove=True)
+        sampling = Sampling(max_tokens=200, temperature=0.7)
+        sample = partial(case.engine.sample, PROMPT, sampling=sampling)
+        calls = [asyncio.create_task(sample(seeds=[seed], key=str(seed))) for seed in range(32)]
+        while not preempted:
+            await asyncio.sleep(0.001)
+        await case.engine.load(case.publish(), prove=False)
+        rollouts = [one for (one,) in await asyncio.gather(*calls)]
+        assert {rollout.finish_reason for rollout in rollouts} == {"length"}
+        assert case.engine.generated == sum(map(len, rollouts)) == 32 * 200
+        assert {len(rollout.versions) for rollout in rollouts} == {1, 2}
+        for rollout in rollouts:
+            whole = np.concatenate([PROMPT, rollout.tokens_T])
+            for version, start, end in rollout.versions:
+                exact = case.logprobs(version, whole, 0.7)[len(PROMPT) - 1 :]
+                assert np.abs(exact - rollout.behaviour_logprob_T)[start:end].max() <= 1e-5
 
     case.run(work)
 
