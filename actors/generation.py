@@ -303,7 +303,8 @@ class GenerationWorker:
         while True:
             await self._announced.wait()
             self._announced.clear()
-            await self._answered(lambda: self._receiver.follow(self._newest), f"weights of version {self._newest}")
+            what = f"weights of version {self._newest}"
+            await self._answered(lambda: self._receiver.follow(self._newest), what, self._config.weights_s)
             self._wake()
             if self._engine.version < self._newest:  # announced, but this machine's store does not hold it yet
                 await asyncio.sleep(FETCH_AGAIN_S)

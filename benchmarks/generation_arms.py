@@ -27,7 +27,7 @@ from millrace.core.protocols import Feedback, Manifest, Role, Sampling
 from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.queue import ReplayQueue
 from millrace.core.types import GroupVerdict, Prompt, Verdict, VerdictKind, WorkerId
-from millrace.core.weights import FileWeightStore
+from millrace.core.weight_store import FileWeightStore
 from millrace.learner.model import Policy, load_model, load_tokenizer
 from millrace.learner.publish import Publisher
 

@@ -141,7 +141,7 @@ def measure(config: configs.RunConfig) -> tuple[float, dict[str, object]]:
         "seconds": result["seconds"],
         "calls": total,
         "calls_at_the_queue": in_queue,
-        "as_result_json_says": result["calls"]["per_trained_rollout"],
+        "as_result_json_says": result["calls"]["of_the_queue_per_trained_rollout"],
         "per_rollout_not_timed": (total - timed) / trained,
         "timed_calls_per_s": timed / lived_s,
         "by_actor": by_actor,

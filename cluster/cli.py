@@ -5,9 +5,10 @@ Commands are imported when they are called, so that `--help` does not wait for t
 
 import argparse
 import json
+import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def _train(given: argparse.Namespace) -> None:
         raise ConfigError(
             "a resumed run keeps its configuration: leave out " + " ".join(filter(None, (given.run, *given.settings)))
         )
+    if given.address:
+        show_token(os.environ, Path.home() / ".ray" / "auth_token")
     configs = import_module("millrace.cluster.config")
     jobs = import_module("millrace.cluster.jobs")
     if given.resume:
@@ -90,6 +93,12 @@ def _train(given: argparse.Namespace) -> None:
         return
     found = jobs.train(config, address=given.address, local=given.local, resume=bool(given.resume))
     print(summary(found))
+
+
+def show_token(environment: MutableMapping[str, str], file: Path) -> None:
+    """Ray's clusters ask for a token unless told not to, and Ray reads the mode once, when it is imported."""
+    if file.is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & environment.keys():
+        environment.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _shown(mean: float | None) -> str:

@@ -72,7 +72,8 @@ class RewardSection(RewardConfig):
 
 
 class EvaluationSection(EvaluationConfig):
-    """Held-out evaluation; it runs when the data name a held-out file. `max_tokens` is sampling's if not given."""
+    """Held-out evaluation; it runs when the data name a held-out file. `max_tokens` and `temperature`
+    are sampling's if not given."""
 
     gpus: float = Field(default=0, ge=0)
     """GPUs of the evaluator's engine."""

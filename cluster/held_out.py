@@ -11,7 +11,7 @@ from typing import Any
 
 from millrace.actors.evaluation import Evaluation, EvaluationConfig, Evaluator
 from millrace.core.types import Prompt, WorkerId
-from millrace.core.weights import FileWeightStore
+from millrace.core.weight_store import NodeStore
 from millrace.rewards.worker import DeferredJudge
 
 POLL_S = 0.5
@@ -24,7 +24,7 @@ class HeldOut:
         self,
         name: WorkerId,
         *,
-        store: FileWeightStore,
+        store: NodeStore,
         engine: Mapping[str, Any],
         prompts: Sequence[Prompt],
         judge: DeferredJudge,

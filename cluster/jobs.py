@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from millrace.cluster.plan import Plan, make_plan
 from millrace.cluster.run import Run
 from millrace.cluster.runtime import ray_cluster
 from millrace.cluster.spawn import OnRay, Spawn, here
-from millrace.cluster.supervised import run_supervised
+from millrace.cluster.supervised import SupervisedRun
 from millrace.core.errors import ConfigError
 
 Say = Callable[[str], None]
@@ -88,20 +89,25 @@ def _prepare(plan: Plan, *, resume: bool) -> None:
         )
     if resume:
         return
-    if (directory / "metrics.jsonl").exists():
+    metrics = directory / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size:
         raise ConfigError(
             f"{directory} holds a run already: continue it with --resume {directory}, "
             "give this one another name, or remove the directory"
         )
+    (directory / "ledger.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
+    shutil.rmtree(directory / "weights", ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     configs.save(config, directory / "config.toml")
 
 
 async def _execute(plan: Plan, spawn: Spawn, resume: bool, say: Say) -> Mapping[str, Any]:
     """The first Ctrl-C or SIGTERM ends the run in order, the second at once."""
+    run: Run | SupervisedRun
     if plan.supervised:
-        return await run_supervised(plan, spawn=spawn, say=say)
-    run = Run(plan, spawn=spawn, resume=resume, say=say)
+        run = SupervisedRun(plan, spawn=spawn, say=say)
+    else:
+        run = Run(plan, spawn=spawn, resume=resume, say=say)
     loop = asyncio.get_running_loop()
     task = asyncio.ensure_future(run.execute())
     stopping: list[asyncio.Future[None]] = []

@@ -68,7 +68,12 @@ def make_plan(config: RunConfig) -> Plan:
     context = _context(config.model)
     new = 0 if supervised else config.sampling.max_tokens
     stop_tokens = _stop_tokens(config.model, int(tokenizer.eos_token_id))
-    evaluation = _filled(config.evaluation, max_tokens=config.sampling.max_tokens, stop_token_ids=stop_tokens)
+    evaluation = _filled(
+        config.evaluation,
+        max_tokens=config.sampling.max_tokens,
+        temperature=config.sampling.temperature,
+        stop_token_ids=stop_tokens,
+    )
     room = config.generation.context or context
     prompts, held_out = _data(
         config,
@@ -80,8 +85,10 @@ def make_plan(config: RunConfig) -> Plan:
     notes: list[str] = []
     if supervised:
         require(prompts, ("answer",), whose=f"recipe {config.recipe.origin}", source=config.data.train)
+        notes += ["a supervised run evaluates nothing: data.held_out is not used"] if held_out else []
     else:
         _check_verifier(config, prompts, held_out)
+        _check_gpus(config)
         notes += _idle_slots(config)
     longest = max(len(prompt.tokens_P) for prompt in (*prompts, *held_out))
     longest += max(config.sampling.max_tokens, evaluation.max_tokens if held_out else 0)
@@ -123,6 +130,19 @@ def _check_recipe(config: RunConfig, objective: Objective) -> None:
             f"recipe {config.recipe.origin}: rewards.{unused[0]} is not applied by this release: leave it out, and "
             "shape scores in the verifier"
         )
+
+
+def _check_gpus(config: RunConfig) -> None:
+    """Ray hides the GPUs from a component that asked for none; it would go on, slowly, on the CPU."""
+    if not config.generation.gpus:
+        return
+    sections = {"learner": config.learner.gpus, "evaluation": config.evaluation.gpus if config.data.held_out else 1}
+    for name, gpus in sections.items():
+        if not gpus:
+            raise ConfigError(
+                f"generation.gpus = {config.generation.gpus:g}, but {name}.gpus = 0, so that the {name} would run on "
+                f"the CPU: give it a GPU, or a share of one, as {name}.gpus = 0.5"
+            )
 
 
 def _data(

@@ -138,7 +138,7 @@ def result(
         "idle": {"learner": shares(rows), **idle_workers},
         "calls": {
             "by_method": dict(status.calls),
-            "per_trained_rollout": sum(status.calls.values()) / max(trained_here, 1),
+            "of_the_queue_per_trained_rollout": sum(status.calls.values()) / max(trained_here, 1),
         },
         "checkpoint": checkpoint,
         "directory": str(config.directory),

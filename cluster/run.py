@@ -121,7 +121,9 @@ class Run:
                 self._say("learner is ready; waiting for the first rollouts")
             self._polls += 1
             self._waiting.update(name for name, why in status.idle.items() if why)
-            fresh = await self._collect(line, record)
+            with boundary("collecting what the learner and the evaluation report"):
+                fresh = await self._collect(line, record)
+                await line.store.held()  # a dead store is noticed here first
             meter.reports += fresh
             last_step = now if fresh else last_step
             if tasks["learner"].done():

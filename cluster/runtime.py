@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,6 +18,18 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
+TOKEN = "a cluster with tokens wants one here: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+KNOCK_S = 5.0
+
+
+def _knock(address: str, what: str) -> None:
+    """Ray itself waits for minutes where nobody answers."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", or a name that Ray resolves
+    with boundary(what, ConfigError), socket.create_connection((host.rpartition("/")[2], int(port)), timeout=KNOCK_S):
+        pass
+
 
 @contextmanager
 def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = ENVIRONMENT) -> Iterator[None]:
@@ -29,7 +42,6 @@ def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = 
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     variables = {name: os.environ.get(name, value) for name, value in environment.items()}
     options = {
         "log_to_driver": False,
@@ -41,7 +53,8 @@ def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = 
         with boundary("starting Ray on this machine", ConfigError):
             ray.init(address="local", include_dashboard=False, **options)
     else:
-        what = f"joining the Ray cluster at {address} (is it up, and is RAY_AUTH_MODE=token set if it asks for one?)"
+        what = f"joining the Ray cluster at {address} ({TOKEN})"
+        _knock(address, what)
         with boundary(what, ConfigError):
             ray.init(address=address, **options)
     try:

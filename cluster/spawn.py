@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from millrace.core.errors import ConfigError
 
@@ -17,7 +18,9 @@ from millrace.core.errors import ConfigError
 class Spawn(Protocol):
     """How `wire` makes its components."""
 
-    def __call__(self, cls: type, *args: Any, name: str, cpus: float = 0, gpus: float = 0, **kwargs: Any) -> Any: ...
+    def __call__(self, cls: type, *args: Any, name: str, gpus: float = 0, home: bool = False, **kwargs: Any) -> Any:
+        """`home`: on the machine of the caller, whose disk holds the run directory."""
+        ...
 
 
 class Here:
@@ -38,7 +41,7 @@ class Here:
         return call
 
 
-def here(cls: type, *args: Any, name: str, cpus: float = 0, gpus: float = 0, **kwargs: Any) -> Here:
+def here(cls: type, *args: Any, name: str, gpus: float = 0, home: bool = False, **kwargs: Any) -> Here:
     """A component in this process and event loop."""
     return Here(cls(*args, **kwargs), asyncio.get_running_loop())
 
@@ -88,7 +91,7 @@ class OnRay:
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
 
-    def __call__(self, cls: type, *args: Any, name: str, cpus: float = 0, gpus: float = 0, **kwargs: Any) -> Handle:
+    def __call__(self, cls: type, *args: Any, name: str, gpus: float = 0, home: bool = False, **kwargs: Any) -> Handle:
         available = ray.cluster_resources().get("GPU", 0)
         if gpus > available:
             raise ConfigError(
@@ -96,7 +99,10 @@ class OnRay:
                 "lower `gpus` in the run's configuration, or join a cluster with --address"
             )
         # Methods of one actor run concurrently: a long poll must not hold a heartbeat.
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": 1000, "max_restarts": 0}
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": 1000, "max_restarts": 0}
+        if home:
+            node = ray.get_runtime_context().get_node_id()
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         actor = ray.remote(cls).options(**options).remote(*args, **kwargs)
         self._actors[name] = actor
         return Handle(actor, name)

@@ -37,62 +37,83 @@ class SupervisedLearner:
         self._arguments = (model, rows, directory, config)
         self._objective = objective
         self._losses: list[StepNumbers] = []
+        self._stopping = False
 
     async def run(self) -> SupervisedResult:
         return await asyncio.to_thread(
             train_supervised,
             *self._arguments,
             objective=self._objective,
-            on_step=lambda _, numbers: self._losses.append(numbers),
+            on_step=self._after,
         )
+
+    def _after(self, _: int, numbers: StepNumbers) -> bool:
+        self._losses.append(numbers)
+        return self._stopping
+
+    async def stop(self) -> None:
+        """Finish the step under way, save, and return from `run`."""
+        self._stopping = True
 
     async def losses(self, *, after: int) -> Sequence[StepNumbers]:
         """The numbers of all steps but the first `after`."""
         return self._losses[after:]
 
 
-async def run_supervised(plan: Plan, *, spawn: Spawn, say: Callable[[str], None]) -> Mapping[str, Any]:
-    """Train, record, and leave result.json and model/.
+class SupervisedRun:
+    """Trains a plan's model once. Call `execute`; `stop` from anywhere in the same loop ends it in order."""
 
-    Raises:
-        MillraceError: of the data, the model, or the training itself.
-    """
-    run, directory = plan.config, plan.config.directory
-    assert plan.supervision is not None
-    learner = spawn(
-        SupervisedLearner,
-        model=run.model,
-        rows=plan.prompts,
-        directory=str(directory / "model"),
-        config=plan.supervision,
-        objective=run.recipe.objective,
-        name="learner",
-        gpus=run.learner.gpus,
-    )
-    steps = plan.supervision.epochs * -(-len(plan.prompts) // plan.supervision.batch_rows)
-    with Recorder(directory) as record:
-        try:
-            with boundary("learner"):
-                done_with = await _watched(learner, steps, record, say)
-        except MillraceError as caught:
-            record.event("failed", cause=str(caught))
-            raise
-        record.event("finished", step=done_with.steps)
-    found = plain(
-        {
-            "schema": SCHEMA_VERSION,
-            "name": run.name,
-            "ended": "finished",
-            "recipe": run.recipe.origin,
-            "seed": run.seed,
-            "packages": packages(),
-            **asdict(done_with),
-            "directory": str(directory),
-        }
-    )
-    (directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")
-    say(f"{count(done_with.tokens)} tokens, loss {done_with.first_loss:.3f} -> {done_with.last_loss:.3f}")
-    return dict(found)
+    def __init__(self, plan: Plan, *, spawn: Spawn, say: Callable[[str], None]) -> None:
+        assert plan.supervision is not None
+        run = plan.config
+        self._run, self._config, self._say = run, plan.supervision, say
+        self._steps = plan.supervision.epochs * -(-len(plan.prompts) // plan.supervision.batch_rows)
+        self._learner = spawn(
+            SupervisedLearner,
+            model=run.model,
+            rows=plan.prompts,
+            directory=str(run.directory / "model"),
+            config=plan.supervision,
+            objective=run.recipe.objective,
+            name="learner",
+            gpus=run.learner.gpus,
+        )
+
+    async def stop(self) -> None:
+        """Finish the step under way, save the model, and end."""
+        await self._learner.stop()
+
+    async def execute(self) -> Mapping[str, Any]:
+        """Train, record, and leave result.json and model/.
+
+        Raises:
+            MillraceError: of the data, the model, or the training itself.
+        """
+        run = self._run
+        with Recorder(run.directory) as record:
+            try:
+                with boundary("learner"):
+                    done = await _watched(self._learner, self._steps, record, self._say)
+            except MillraceError as caught:
+                record.event("failed", cause=str(caught))
+                raise
+            ended = "finished" if done.steps == self._steps else "stopped"
+            record.event(ended, step=done.steps)
+        found = plain(
+            {
+                "schema": SCHEMA_VERSION,
+                "name": run.name,
+                "ended": ended,
+                "recipe": run.recipe.origin,
+                "seed": run.seed,
+                "packages": packages(),
+                **asdict(done),
+                "directory": str(run.directory),
+            }
+        )
+        (run.directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+        self._say(f"{count(done.tokens)} tokens, loss {done.first_loss:.3f} -> {done.last_loss:.3f}")
+        return dict(found)
 
 
 async def _watched(learner: Any, steps: int, record: Recorder, say: Callable[[str], None]) -> SupervisedResult:

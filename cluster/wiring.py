@@ -12,7 +12,9 @@
     Learner            consumes judged groups;               waits for a full batch;  unblocked by put_verdicts
     HeldOut            consumes the weights held for it;     waits for the next;      unblocked by publish
 
-Each knows the queue and the store alone, so any of them can come and go without the others noticing.
+Each knows the queue and the store alone, so any of them can come and go without the others noticing. Queue, store
+and a learner without a GPU live on the machine that started the run, whose disk holds the run directory; a learner on
+another machine needs that directory on a shared file system.
 """
 
 from collections.abc import Mapping
@@ -27,7 +29,7 @@ from millrace.cluster.plan import Plan
 from millrace.cluster.spawn import Spawn
 from millrace.core.replay.journal import LineJournal
 from millrace.core.replay.queue import ReplayQueue
-from millrace.core.weights import FileWeightStore
+from millrace.core.weight_store import FileWeightStore, NodeStore
 from millrace.learner.learner import Learner
 from millrace.rewards.worker import DeferredJudge, RewardWorker
 
@@ -49,10 +51,10 @@ def wire(plan: Plan, spawn: Spawn) -> Line:
     directory = run.directory
     words = tuple(sorted(columns(plan.prompts) - {"answer"}))
     hold = {"hold_every": run.evaluation.every, "hold_last": loop.steps} if plan.held_out else {}
-    store = spawn(FileWeightStore, str(directory / "weights"), name="weights", **hold)
+    store = spawn(FileWeightStore, str(directory / "weights"), name="weights", home=True, **hold)
     source = DatasetOrder(plan.prompts, seed=run.seed, shuffle=run.data.shuffle)
     journal = LineJournal(directory / "ledger.jsonl")
-    queue = spawn(ReplayQueue, loop, source, seed=run.seed, journal=journal, name="queue")
+    queue = spawn(ReplayQueue, loop, source, seed=run.seed, journal=journal, name="queue", home=True)
     learner = spawn(
         Learner,
         plan.learner,
@@ -67,15 +69,16 @@ def wire(plan: Plan, spawn: Spawn) -> Line:
         max_lag=loop.max_lag,
         name="learner",
         gpus=run.learner.gpus,
+        home=not run.learner.gpus,
     )
-    workers = {**_generation(plan, spawn, queue, store), **_rewards(plan, spawn, queue, words)}
+    workers = {**_generation(plan, spawn, queue, NodeStore(store)), **_rewards(plan, spawn, queue, words)}
     held_out = None
     if plan.held_out:
         assert plan.verifier is not None
         held_out = spawn(
             HeldOut,
             "held-out",
-            store=store,
+            store=NodeStore(store),
             engine={**plan.engine, "slots": run.evaluation.slots},
             prompts=plan.held_out,
             judge=DeferredJudge(plan.verifier, run.model, words, run.rewards),

@@ -64,7 +64,7 @@ def train_supervised(
     config: SupervisedConfig,
     *,
     objective: ObjectiveConfig | Mapping[str, Any] | None = None,
-    on_step: Callable[[int, StepNumbers], None] | None = None,
+    on_step: Callable[[int, StepNumbers], bool | None] | None = None,
     clock: Clock = time.monotonic,
 ) -> SupervisedResult:
     """Train a model on prompts with answers and save it with its tokenizer.
@@ -75,7 +75,7 @@ def train_supervised(
         directory: where the trained model goes.
         config: sizes and the optimiser.
         objective: a whole loss; None: negative log-likelihood, every token weighing the same.
-        on_step: called after each step with their count and the step's numbers.
+        on_step: called after each step with their count and the step's numbers; True ends the training there.
         clock: monotonic seconds.
     Raises:
         DataError: no rows, a row without an answer, or one longer than the model's context.
@@ -96,20 +96,21 @@ def train_supervised(
     samples = _samples(rows, tokenizer, policy.context)
     optimiser = Optimiser(policy.model.named_parameters(), config)
     losses: list[float] = []
-    tokens = 0
+    tokens = seen = 0
     for batch in _batches(samples, config):
         weigh(batch, composed)
         microbatches = [pack(part) for part in split(batch, config.token_budget)]
         numbers = make_step(policy, composed, optimiser, microbatches, name=lambda places: _named(places, rows))
         losses.append(numbers.loss)
         tokens += sum(len(micro.token_N) for micro in microbatches)
-        if on_step is not None:
-            on_step(len(losses), numbers)
+        seen += len(batch)
+        if on_step is not None and on_step(len(losses), numbers):
+            break
     save_model(Path(directory), policy.model, tokenizer)
     return SupervisedResult(
         directory=directory,
         steps=len(losses),
-        rows=config.epochs * len(samples),
+        rows=seen,
         tokens=tokens,
         first_loss=losses[0],
         last_loss=losses[-1],

@@ -17,7 +17,8 @@ from millrace.actors.evaluation import Evaluation, EvaluationConfig, Evaluator, 
 from millrace.core.errors import ConfigError, DataError, EngineError, WeightsError
 from millrace.core.protocols import Manifest, Sampling
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind, WorkerId
-from millrace.core.weights import FileWeightStore, digest_of, layout
+from millrace.core.weight_store import FileWeightStore
+from millrace.core.weights import digest_of, layout
 
 V, L = 5, 16
 

@@ -21,7 +21,8 @@ from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.queue import ReplayQueue
 from millrace.core.schema import decode
 from millrace.core.types import Group, GroupVerdict, Ints, Prompt, Rollout, Verdict, VerdictKind, VersionRun, WorkerId
-from millrace.core.weights import FileWeightStore, digest_of, layout
+from millrace.core.weight_store import FileWeightStore
+from millrace.core.weights import digest_of, layout
 
 V, L, N = 6, 64, 4  # vocabulary, positions, rollouts of a group
 JUDGE = WorkerId("judge-0")

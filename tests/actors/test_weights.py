@@ -12,7 +12,8 @@ from millrace.actors.weights import WeightReceiver, check_names, check_probes, p
 from millrace.core.errors import WeightsError
 from millrace.core.protocols import Manifest, Probe, Proof, WeightHandle
 from millrace.core.types import Floats, Ints
-from millrace.core.weights import FileWeightStore, VersionGoneError, buffer_bytes, digest_of, layout
+from millrace.core.weight_store import FileWeightStore
+from millrace.core.weights import VersionGoneError, buffer_bytes, digest_of, layout
 
 TENSORS = layout([("a", "float32", (4,)), ("b", "float32", (2, 2))])
 

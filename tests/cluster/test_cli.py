@@ -10,7 +10,7 @@ import pytest
 from millrace import __version__
 from millrace.cluster import config as configs
 from millrace.cluster import jobs
-from millrace.cluster.cli import main, summary
+from millrace.cluster.cli import main, show_token, summary
 
 Capture = pytest.CaptureFixture[str]
 
@@ -157,3 +157,22 @@ def test_a_reward_module_beside_the_user_is_found_by_a_dry_run_too(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
     assert ended("train", run_file, "--dry-run", "rewards.verifier=reward_beside_the_user:score") == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_file", "mode"),
+    [
+        ({}, False, None),
+        ({}, True, "token"),
+        ({"RAY_AUTH_TOKEN": "x"}, False, "token"),
+        ({"RAY_AUTH_MODE": "disabled"}, True, "disabled"),
+    ],
+)
+def test_a_token_that_is_there_is_shown_to_the_cluster(
+    environment: dict[str, str], has_file: bool, mode: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "auth_token"
+    if has_file:
+        file.write_text("x")
+    show_token(environment, file)
+    assert environment.get("RAY_AUTH_MODE") == mode

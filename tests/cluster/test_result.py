@@ -88,7 +88,7 @@ def test_rates_are_over_the_time_in_which_steps_were_made(make_run: Any) -> None
 
 def test_calls_of_a_resumed_run_are_set_against_its_own_rollouts(make_run: Any) -> None:
     made = found(make_run, [report(1), report(2), report(3)], resumed_at=1)
-    assert made["calls"]["per_trained_rollout"] == 3 / 16
+    assert made["calls"]["of_the_queue_per_trained_rollout"] == 3 / 16
 
 
 def test_a_run_without_a_step_has_no_rewards_and_no_rates(make_run: Any) -> None:

@@ -115,7 +115,7 @@ def test_what_is_watched_does_not_spin(ran: Any) -> None:
     assert calls["take"] <= 2 * 10
     assert calls["lease_draws"] <= 10 * 16
     assert calls["status"] <= 4 * (2 + found["seconds"]) + 5
-    assert found["calls"]["per_trained_rollout"] == pytest.approx(sum(calls.values()) / found["samples"])
+    assert found["calls"]["of_the_queue_per_trained_rollout"] == pytest.approx(sum(calls.values()) / found["samples"])
 
 
 def test_a_synchronous_run_is_reproducible_to_the_bit(make_run: Any) -> None:

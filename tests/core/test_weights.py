@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
 from millrace.core.protocols import Manifest, Probe, WeightHandle
+from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import (
-    FileWeightStore,
     VersionGoneError,
     buffer_bytes,
     digest_of,
@@ -109,7 +109,7 @@ def test_publish_verifies_the_digest(tmp_path: Path) -> None:
     buffer[5] ^= 1
     with pytest.raises(WeightsError, match=r"version 0: the bytes have digest .* changed on the way"):
         asyncio.run(FileWeightStore(str(tmp_path)).publish(manifest, buffer))
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob("version_*"))
 
 
 def test_publish_refuses_a_short_buffer(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_last_versions_are_kept_and_the_newest_stands_in(tmp_path: Path) -> 
     assert fetch(store, 1).manifest.version == 1
     assert fetch(store, 0).manifest.version == 5
     assert fetch(store, 9).manifest.version == 5
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.glob("version_*"))) == 4
 
 
 def test_nothing_published(tmp_path: Path) -> None:

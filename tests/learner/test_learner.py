@@ -13,7 +13,8 @@ from millrace.core import schema
 from millrace.core.errors import RecipeError, TrainingError
 from millrace.core.protocols import Feedback, Manifest, Resumption, Taken
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
-from millrace.core.weights import FileWeightStore, views
+from millrace.core.weight_store import FileWeightStore
+from millrace.core.weights import views
 from millrace.learner.learner import Learner, LearnerConfig
 from millrace.learner.report import StepReport
 from millrace.learner.table_model import TableConfig, TableForCausalLM

@@ -52,6 +52,15 @@ def test_it_learns_the_answers_and_saves_what_loads(rows, make_model, model_dir,
     assert policy.score(learnt)[-3:].min() > -0.7
 
 
+def test_it_ends_when_told_to_and_saves_what_it_learnt(rows, model_dir, tmp_path):
+    table = TableForCausalLM(TableConfig(vocab_size=61, positions=8))
+    result = train_supervised(
+        model_dir(table), rows, str(tmp_path / "out"), CONFIG, on_step=lambda step, numbers: step == 1
+    )
+    assert (result.steps, result.rows) == (1, 3)
+    assert load_model(result.directory, device=torch.device("cpu")).table.abs().sum() > 0
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_order_does_not(rows, make_model, model_dir, tmp_path):
     source = model_dir(make_model("qwen2"))
     outcomes = []

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from millrace.core.protocols import Manifest
-from millrace.core.weights import FileWeightStore, digest_of, layout
+from millrace.core.weight_store import FileWeightStore
+from millrace.core.weights import digest_of, layout
 
 
 def manifest(version: int, step: int) -> tuple[Manifest, np.ndarray]:
