@@ -103,7 +103,8 @@ class OnRay:
         if home:
             node = ray.get_runtime_context().get_node_id()
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = ray.remote(cls).options(**options).remote(*args, **kwargs)
+        own = type(cls.__name__, (cls,), {})  # Ray wraps the methods of the class it is given, in place
+        actor = ray.remote(own).options(**options).remote(*args, **kwargs)
         self._actors[name] = actor
         return Handle(actor, name)
 

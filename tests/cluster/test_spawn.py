@@ -92,6 +92,15 @@ def test_components_on_ray(cluster: None) -> None:
 
 
 @pytest.mark.ray
+def test_the_class_itself_is_left_as_it_was(cluster: None) -> None:
+    before = dict(vars(Counter))
+    spawn = OnRay()
+    assert asyncio.run(spawn(Counter, 1, name="counter").add(1)) == 2
+    spawn.kill()
+    assert dict(vars(Counter)) == before
+
+
+@pytest.mark.ray
 def test_a_dead_component_is_named_with_its_cause(cluster: None) -> None:
     async def main() -> None:
         spawn = OnRay()
