@@ -72,6 +72,7 @@ class Run:
         if line.held_out is not None:
             components["held-out"] = line.held_out
         tasks = {name: asyncio.ensure_future(_attributed(name, each)) for name, each in components.items()}
+        self._say("starting the learner, the engines and the judges")
         record.event("resumed" if self._resume else "started", step=self._resumed_at, components=sorted(tasks))
         try:
             await self._watch(line, tasks, record)
@@ -130,9 +131,14 @@ class Run:
                 return
             self._refuse_a_stall(now - last_step, status)
             if now - meter.time_s >= LINE_S and self._reports:
-                eta_s = (loop.steps - status.step) * (now - began) / len(self._reports)
+                eta_s = (loop.steps - status.step) * self._pace_s()
                 newest = self._evaluations[-1] if self._evaluations else None
                 self._say(meter.line(loop, now_s=now, status=status, evaluation=newest, eta_s=eta_s))
+
+    def _pace_s(self) -> float:
+        """Seconds per step of late; the first one also waited for the engines."""
+        late = self._reports[1:][-50:] or self._reports
+        return sum(report.step_s for report in late) / len(late)
 
     def _refuse_a_stall(self, silent_s: float, status: QueueStatus) -> None:
         limit_s = self._plan.config.stall_s
