@@ -10,13 +10,14 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo test test-fast test-long lint lock clean
+.PHONY: help setup demo test test-fast test-long bench lint lock clean
 
 help:
 	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about 4 minutes after set-up)"
 	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (at most a minute)"
 	@echo "make test-long  the suites that take longer"
+	@echo "make bench      the figures of benchmarks/README.md (about eight minutes, on a machine with nothing else to do)"
 	@echo "make lock       compile requirements/cpu.in to requirements/cpu.txt (needs uv)"
 
 setup: $(READY)
@@ -40,6 +41,12 @@ test-fast: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.learner_step
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.ray_calls
+	$(BIN)/python -m benchmarks.memory
 
 lint: $(READY)
 	$(BIN)/ruff check .

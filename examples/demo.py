@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
 from examples import make_data, tiny_model
 from millrace.actors.datasets.config import DataConfig
 from millrace.actors.datasets.loading import load
@@ -92,7 +90,6 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def main() -> int:
     """Run the demo. Returns the exit status: 0 if every task ended where it should."""
     began = time.monotonic()
-    transformers_logging.disable_progress_bar()
     shutil.rmtree(RUNS, ignore_errors=True)
     RUNS.mkdir(parents=True)
     wrong = ", ".join(f"{share:.0%} of {task}" for task, share in make_data.WRONG.items())
