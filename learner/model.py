@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
-from transformers.utils import logging as transformers_logging
 
 from millrace.core.errors import ModelError, TrainingError, boundary
 from millrace.learner import table_model
@@ -37,7 +36,7 @@ _LEAKING_LAYERS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "
 
 __all__ = ["Policy", "device_of", "load_model", "load_tokenizer", "prove_packing"]
 
-transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of every load and save, in every log
+logging.disable_progress_bar()  # of every load and save, in every log
 
 _ = table_model.TableForCausalLM  # imported for its registration with the Auto classes
 
