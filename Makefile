@@ -33,11 +33,11 @@ $(READY): requirements/cpu.txt pyproject.toml requirements/preflight.py
 demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
-test: $(READY) lint
-	$(BIN)/python -m pytest -q -m "not long"
+test: $(READY) lint test-fast
+	$(BIN)/python -m pytest -q -m "ray and not long"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q -m "not ray and not long"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and not long"
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long

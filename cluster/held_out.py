@@ -7,6 +7,7 @@ unblocked by   publish
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from millrace.actors.evaluation import Evaluation, EvaluationConfig, Evaluator
@@ -53,7 +54,9 @@ class HeldOut:
                 continue
             if finishing:
                 return
-            await asyncio.sleep(POLL_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._finishing.wait()
 
     async def finish(self) -> None:
         """No further version will be published; `run` returns when the last is evaluated."""

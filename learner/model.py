@@ -36,7 +36,6 @@ _LEAKING_LAYERS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "
 
 __all__ = ["Policy", "device_of", "load_model", "load_tokenizer", "prove_packing"]
 
-logging.disable_progress_bar()  # of every load and save, in every log
 
 _ = table_model.TableForCausalLM  # imported for its registration with the Auto classes
 
