@@ -90,13 +90,17 @@ def _prepare(plan: Plan, *, resume: bool) -> None:
     if resume:
         return
     metrics = directory / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size:
+    if metrics.exists() and any(
+        json.loads(line)["step"] for line in metrics.read_text().rpartition("\n")[0].splitlines()
+    ):
         raise ConfigError(
             f"{directory} holds a run already: continue it with --resume {directory}, "
             "give this one another name, or remove the directory"
         )
-    (directory / "ledger.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
-    shutil.rmtree(directory / "weights", ignore_errors=True)
+    for name in ("metrics.jsonl", "ledger.jsonl"):  # of a run that ended before its first step
+        (directory / name).unlink(missing_ok=True)
+    for name in ("weights", "tensorboard"):
+        shutil.rmtree(directory / name, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     configs.save(config, directory / "config.toml")
 

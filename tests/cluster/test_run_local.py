@@ -221,6 +221,16 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_cause(
     assert not (config.directory / "result.json").exists()
 
 
+def test_a_run_that_failed_before_its_first_step_is_simply_run_again(make_run: Any, rewards_file: Path) -> None:
+    config = make_run(rewards={"verifier": "mine.py:string"})
+    with pytest.raises(RewardError):
+        train(config)
+    found = train(make_run(rewards={"verifier": "exact"}))
+    rows = lines(config.directory / "metrics.jsonl")
+    assert found["ended"] == "finished"
+    assert [row["step"] for row in rows if "held_out" in row] == [0, 4, 8, 12]
+
+
 def test_the_command_fails_with_status_1_and_no_traceback_of_ours(
     make_run: Any, rewards_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
