@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import Field
@@ -20,7 +19,7 @@ from millrace.actors.engines import engine as build_engine
 from millrace.actors.engines.wiring import check_wiring
 from millrace.actors.hand import Hand
 from millrace.actors.weights import WeightReceiver
-from millrace.core.calls import Outbox, persist, together
+from millrace.core.calls import Bell, Outbox, persist, together
 from millrace.core.config import Config
 from millrace.core.errors import ConfigError, DeadlineError, EngineError
 from millrace.core.heart import Heart, Pulse
@@ -101,11 +100,12 @@ class GenerationWorker:
         self._queue = queue
         self._config = config
         self._clock = clock
+        self._bell = Bell()  # rung when there is room, work, or the wish to stop
         self._engine: Engine = build_engine(**engine) if isinstance(engine, Mapping) else engine
         is_vllm = isinstance(engine, Mapping) and str(engine["name"]).startswith("vllm")
         self._to_check = engine if is_vllm and config.check_wiring else None
         self._receiver = WeightReceiver(self._engine, store, probe_every=config.probe_every)
-        self._hand = Hand(self._engine, sampling=sampling, whole_groups=config.whole_groups, changed=self._wake)
+        self._hand = Hand(self._engine, sampling=sampling, whole_groups=config.whole_groups, changed=self._bell.ring)
         self._outbox = Outbox[Group](self._put, linger_s=config.linger_s, full=config.pack_groups)
         self._heart = Heart(
             name,
@@ -121,7 +121,6 @@ class GenerationWorker:
         self._members = 0  # responses of a group, as last leased
         self._newest = -1
         self._announced = asyncio.Event()
-        self._changed = asyncio.Event()  # room, weights, or the wish to stop
         self._stopping = False
         self._failures = 0  # in a row
         self._idle = "not started"
@@ -164,7 +163,7 @@ class GenerationWorker:
     async def stop(self) -> None:
         """Give up what is in hand, put what is finished, and leave; `run` returns when that is done."""
         self._stopping = True
-        self._wake()
+        self._bell.ring()
 
     async def close(self) -> None:
         """End the engine, once `run` has ended."""
@@ -189,10 +188,10 @@ class GenerationWorker:
     async def _serve(self) -> None:
         """Lease and start until the run is over or the worker is to stop; then give up what is in hand."""
         self._idle = "weights: no version was announced yet"
-        await self._until(lambda: self._engine.version >= 0 or self._stopping)
+        await self._bell.until(lambda: self._engine.version >= 0 or self._stopping)
         while not self._stopping:
             self._idle = ""
-            await self._until(lambda: self._want() > 0 or self._stopping)
+            await self._bell.until(lambda: self._want() > 0 or self._stopping)
             grant = await self._lease(self._want())
             if grant is None:
                 break
@@ -205,11 +204,11 @@ class GenerationWorker:
                 self._tasks.create_task(self._generate(lease))
             if not grant.leases and grant.newest_version > self._engine.version:
                 # Newer weights are what it waits for; ask again when they are there, or when they take long.
-                await self._until(lambda: self._engine.version >= self._newest or self._stopping, WEIGHTS_SOON_S)
+                await self._bell.until(lambda: self._engine.version >= self._newest or self._stopping, WEIGHTS_SOON_S)
         self._idle = "stopping"
         for key in self._hand.groups:
             await self._hand.give_up(key, "the worker was stopped")
-        await self._until(lambda: not self._hand)
+        await self._bell.until(lambda: not self._hand)
 
     async def _lease(self, want: int) -> Grant | None:
         """More draws; None when the worker is to stop meanwhile.
@@ -222,8 +221,8 @@ class GenerationWorker:
             version = self._engine.version
             self._counts["lease_calls"] += 1
             polling = self._tasks.create_task(self._polled(want, version, request))
-            polling.add_done_callback(lambda _: self._wake())
-            await self._until(lambda: polling.done() or self._stopping or self._engine.version > version)  # noqa: B023
+            polling.add_done_callback(lambda _: self._bell.ring())
+            await self._bell.until(lambda: polling.done() or self._stopping or self._engine.version > version)  # noqa: B023
             if polling.done():
                 return polling.result()
             polling.cancel()  # on stopping, what it may still be granted is taken back when the worker leaves
@@ -276,7 +275,7 @@ class GenerationWorker:
         def ready() -> bool:
             return self._engine.version >= lease.min_version or self._hand.is_given_up(lease.id)
 
-        await self._until(ready, self._config.weights_s)
+        await self._bell.until(ready, self._config.weights_s)
         if not ready():
             raise DeadlineError(
                 f"{self._name}: {lease.id} waits for version {lease.min_version} of the weights for "
@@ -305,7 +304,7 @@ class GenerationWorker:
             self._announced.clear()
             what = f"weights of version {self._newest}"
             await self._answered(lambda: self._receiver.follow(self._newest), what, self._config.weights_s)
-            self._wake()
+            self._bell.ring()
             if self._engine.version < self._newest:  # announced, but this machine's store does not hold it yet
                 await asyncio.sleep(FETCH_AGAIN_S)
                 self._announced.set()
@@ -322,7 +321,7 @@ class GenerationWorker:
                 self._tasks.create_task(self._hand.give_up(key, "its lease has ended"))
         if orders.stop:
             self._stopping = True
-            self._wake()
+            self._bell.ring()
 
     def _hear_of(self, version: int) -> None:
         if version > self._newest:
@@ -342,14 +341,3 @@ class GenerationWorker:
     def _request(self, what: str) -> str:
         self._requests += 1
         return f"{self._name}/{self._epoch}/{what}/{self._requests}"
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Return when the condition holds, or after the timeout."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not condition():
-                    await self._changed.wait()

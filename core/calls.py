@@ -6,7 +6,7 @@ Both generation and reward workers put what they finish, and neither may import 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar
 
 from millrace.core.errors import DeadlineError, MillraceError, boundary
@@ -62,6 +62,25 @@ def _cause(caught: Unanswered) -> str:
     if isinstance(cause, TimeoutError) and not str(cause):
         return "the call neither returned nor failed"
     return f"{type(cause).__name__}: {cause}"
+
+
+class Bell:
+    """Wakes whoever waits for a condition that may hold now. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    def ring(self) -> None:
+        """Everybody who waits looks at his condition again."""
+        self._rung.set()
+        self._rung = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Return when the condition holds, or after the timeout."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await self._rung.wait()
 
 
 class Outbox(Generic[Item]):

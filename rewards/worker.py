@@ -11,14 +11,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import Field
 from transformers import AutoTokenizer
 
-from millrace.core.calls import Outbox, persist, together
+from millrace.core.calls import Bell, Outbox, persist, together
 from millrace.core.catalogue import Spec
 from millrace.core.errors import ModelError, boundary
 from millrace.core.heart import Heart, Pulse
@@ -134,6 +133,7 @@ class RewardWorker:
         self._queue = queue
         self._config = config
         self._clock = clock
+        self._bell = Bell()  # rung when there is room, work, or the wish to stop
         self._judge = Judge(resolved(verifier, columns=columns), decode=decode, config=config)
         self._outbox = Outbox[GroupVerdict](self._put, linger_s=config.linger_s, full=config.pack_groups)
         self._heart = Heart(
@@ -152,7 +152,6 @@ class RewardWorker:
         self._slow = True  # until the first group has shown otherwise
         self._members = 1  # responses of a group, as last leased
         self._pause_s = FIRST_PAUSE_S
-        self._changed = asyncio.Event()
         self._stopping = False
         self._counts = Counter({"lease_calls": 0, "put_calls": 0, "groups": 0, "refused": 0})
 
@@ -183,7 +182,7 @@ class RewardWorker:
     async def stop(self) -> None:
         """Put what is judged, give back the rest, and leave; `run` returns when that is done."""
         self._stopping = True
-        self._wake()
+        self._bell.ring()
 
     async def status(self) -> Mapping[str, Any]:
         """Counters; verdicts by kind; the first judge failure in full."""
@@ -197,7 +196,7 @@ class RewardWorker:
 
     async def _serve(self) -> None:
         while not self._stopping:
-            await self._until(lambda: self._room() > 0 or self._stopping)
+            await self._bell.until(lambda: self._room() > 0 or self._stopping)
             if self._stopping:
                 break
             groups = await self._lease(self._room())
@@ -230,8 +229,8 @@ class RewardWorker:
                 self._config.poll_s,
             )
         )
-        polling.add_done_callback(lambda _: self._wake())
-        await self._until(lambda: polling.done() or self._stopping)
+        polling.add_done_callback(lambda _: self._bell.ring())
+        await self._bell.until(lambda: polling.done() or self._stopping)
         if not polling.done():
             polling.cancel()  # what it may still be granted goes back when the worker leaves
             return ()
@@ -242,7 +241,7 @@ class RewardWorker:
         """Wait so long that the next request finds about `pack_groups` groups; never longer than `linger_s`."""
         if not got:
             # An empty answer may come at once: when the run is over, or this worker is not to be asked again.
-            await self._until(lambda: self._stopping, EMPTY_PAUSE_S)
+            await self._bell.until(lambda: self._stopping, EMPTY_PAUSE_S)
             return
         self._pause_s = min(self._pause_s * self._config.pack_groups / got, self._config.linger_s)
         if self._pause_s and not self._stopping:
@@ -263,7 +262,7 @@ class RewardWorker:
             del self._hand[group.id]
             if not self._hand:
                 self._outbox.flush()
-            self._wake()
+            self._bell.ring()
 
     async def _put(self, verdicts: Sequence[GroupVerdict]) -> None:
         request = self._request("put")
@@ -285,7 +284,7 @@ class RewardWorker:
     def _obey(self, orders: Orders) -> None:
         if orders.stop:
             self._stopping = True
-            self._wake()
+            self._bell.ring()
 
     async def _answered(self, call: Callable[[], Awaitable[T]], what: str, waits_s: float = 0.0) -> T:
         return await persist(
@@ -300,14 +299,3 @@ class RewardWorker:
     def _request(self, what: str) -> str:
         self._requests += 1
         return f"{self._name}/{self._epoch}/{what}/{self._requests}"
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def _until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
-        """Return when the condition holds, or after the timeout."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while not condition():
-                    await self._changed.wait()

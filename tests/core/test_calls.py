@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from millrace.core.calls import Outbox, persist
+from millrace.core.calls import Bell, Outbox, persist
 from millrace.core.errors import DeadlineError, Fenced
 
 
@@ -107,3 +107,29 @@ def test_the_first_item_waits_for_company() -> None:
         return packs
 
     assert asyncio.run(scenario()) == [[0, 1, 2]]
+
+
+def test_a_bell_wakes_those_whose_condition_holds_now() -> None:
+    async def main() -> None:
+        bell, room, woken = Bell(), [0], []
+
+        async def wait(least: int) -> None:
+            await bell.until(lambda: room[0] >= least)
+            woken.append(least)
+
+        waiting = [asyncio.ensure_future(wait(least)) for least in (1, 2)]
+        await asyncio.sleep(0)
+        room[0] = 1
+        bell.ring()
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        assert woken == [1]
+        room[0] = 2
+        bell.ring()
+        await asyncio.gather(*waiting)
+        assert woken == [1, 2]
+
+    asyncio.run(main())
+
+
+def test_a_bell_that_nobody_rings_is_not_waited_for_longer_than_said() -> None:
+    asyncio.run(asyncio.wait_for(Bell().until(lambda: False, 0.01), 5))
