@@ -85,6 +85,14 @@ def shares(rows: Sequence[Row]) -> dict[str, float]:
     return {words: sum(row[f"time/{part}_s"] for row in rows) / total for words, part in parts.items()}
 
 
+def _throughput(samples: int, tokens: Mapping[str, int], seconds: float) -> dict[str, float]:
+    return {
+        "samples_per_s": _rate(samples, seconds),
+        "generated_tokens_per_s": _rate(tokens.get("generated", 0), seconds),
+        "trained_tokens_per_s": _rate(tokens.get("trained", 0), seconds),
+    }
+
+
 def result(
     plan: Plan,
     *,
@@ -95,6 +103,7 @@ def result(
     status: QueueStatus,
     idle_workers: Mapping[str, float],
     checkpoint: str | None,
+    by_length: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, Any]:
     """Everything result.json holds, of the whole run, however often it was resumed.
 
@@ -104,6 +113,7 @@ def result(
         resumed_at: so many of them are of earlier incarnations; calls are counted since.
         evaluations: as `evaluated` gives them, in order.
         idle_workers: share of the time that each worker waited for the queue.
+        by_length: trained / generated rollouts, by decile of their length.
     """
     config = plan.config
     tokens = status.tokens
@@ -125,12 +135,9 @@ def result(
         "samples": trained,
         "invalid_rollouts": sum(row["reward/invalid_rollouts"] for row in rows),
         "tokens": {"generated": tokens.get("generated", 0), "trained": tokens.get("trained", 0)},
-        "throughput": {
-            "samples_per_s": _rate(trained, seconds),
-            "generated_tokens_per_s": _rate(tokens.get("generated", 0), seconds),
-            "trained_tokens_per_s": _rate(tokens.get("trained", 0), seconds),
-        },
+        "throughput": _throughput(trained, tokens, seconds),
         "max_lag": config.loop.max_lag,
+        "trained_by_length": list(by_length),
         "lag_histogram": {str(lag): many for lag, many in sorted(status.lag_histogram.items())},
         "gap_at_lag_0": max(gaps, default=None),
         "waste": dict(tokens),

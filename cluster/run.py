@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.actors.evaluation import Evaluation
+from millrace.cluster.lengths import trained_by_length
 from millrace.cluster.plan import Plan
 from millrace.cluster.progress import Meter, shown
 from millrace.cluster.record import Recorder, plain
@@ -207,6 +208,7 @@ class Run:
                 status=status,
                 idle_workers={name: self._waiting[name] / max(self._polls, 1) for name in line.workers},
                 checkpoint=checkpoint,
+                by_length=trained_by_length(directory / "ledger.jsonl", steps=status.step),
             )
         )
         (directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")

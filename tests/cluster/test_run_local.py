@@ -221,6 +221,13 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_cause(
     assert not (config.directory / "result.json").exists()
 
 
+def test_no_length_is_trained_less_often_than_another(ran: Any) -> None:
+    _, found = ran
+    rows = found["trained_by_length"]
+    assert sum(row["generated"] for row in rows) == found["samples"]
+    assert all(row["trained"] == 1.0 for row in rows)
+
+
 def test_a_run_that_failed_before_its_first_step_is_simply_run_again(make_run: Any, rewards_file: Path) -> None:
     config = make_run(rewards={"verifier": "mine.py:string"})
     with pytest.raises(RewardError):
