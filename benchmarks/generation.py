@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import harness
-from benchmarks.generation_arms import Done, Setting, Work, serve
+from benchmarks.generation_arms import serve
+from benchmarks.generation_work import Done, Setting, Work
 from examples import tiny_model
 
 DEADLINE_S = 170.0

@@ -7,8 +7,7 @@ take what is there and return at once, so that admission never blocks. Raw is vL
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,63 +15,21 @@ from typing import Any, Protocol
 
 import torch
 
-from millrace.actors.datasets.config import DataConfig
-from millrace.actors.datasets.loading import load
+from benchmarks.generation_work import Done, Setting, Work, order, prompts
 from millrace.actors.engines import engine
 from millrace.actors.generation import GenerationConfig, GenerationWorker
-from millrace.actors.prompt_source import DatasetOrder
 from millrace.cluster.spawn import here
 from millrace.core import schema
 from millrace.core.protocols import Feedback, Manifest, Role, Sampling
 from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.queue import ReplayQueue
-from millrace.core.types import GroupVerdict, Prompt, Verdict, VerdictKind, WorkerId
+from millrace.core.types import GroupVerdict, Verdict, VerdictKind, WorkerId
 from millrace.core.weight_store import FileWeightStore
-from millrace.learner.model import Policy, load_model, load_tokenizer
+from millrace.learner.model import Policy, load_model
 from millrace.learner.publish import Publisher
 
 GROUPS_PER_STEP = 8
-EOS = 2  # of examples/tiny_model.py
 SCORE = Verdict(kind=VerdictKind.SCORED, score=0.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """One burst: the same for both arms."""
-
-    groups: int
-    group_size: int
-    max_tokens: int
-    stops: bool  # at the end-of-sequence token, so that lengths differ; else all responses have max_tokens
-    publish_every: int = 0  # steps between weight updates while the burst runs (ours only); 0: none
-    seeded: bool = False  # one seed per request (raw only; ours always reproduces each response)
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        return (EOS,) if self.stops else ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What an arm is built with."""
-
-    model: str
-    data: str
-    directory: str
-    slots: int
-    max_model_len: int
-    cores: tuple[int, ...]  # that its process may use
-    engine: str = "vllm"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """What a burst came to."""
-
-    tokens: int  # by the engine's own count
-    seconds: float
-    cpu_s: float  # of all threads of the arm's process: what a busy machine changes least
-    details: Mapping[str, Any]
 
 
 class Arm(Protocol):
@@ -89,18 +46,6 @@ def serve(connection: Connection, arm: str, setting: Setting) -> None:
     connection.send(f"{arm}: torch threads {torch.get_num_threads()}, cores {sorted(os.sched_getaffinity(0))}")
     while (work := connection.recv()) is not None:
         connection.send(built.run(work))
-
-
-def prompts(setting: Setting) -> Sequence[Prompt]:
-    """The data, tokenised."""
-    config = DataConfig(train=setting.data)
-    tokenizer = load_tokenizer(setting.model)
-    return load(setting.data, tokenizer, config, context_tokens=setting.max_model_len, max_new_tokens=1)
-
-
-def order(rows: Sequence[Prompt]) -> DatasetOrder:
-    """What is drawn, in both arms."""
-    return DatasetOrder(rows, seed=0)
 
 
 class Ours:

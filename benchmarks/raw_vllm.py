@@ -16,7 +16,7 @@ from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
-from benchmarks.generation_arms import Done, Setting, Work, order, prompts
+from benchmarks.generation_work import Done, Setting, Work, order, prompts
 from millrace.core.types import seed_of
 
 

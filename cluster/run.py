@@ -24,6 +24,7 @@ from millrace.learner.report import StepReport
 
 POLL_S = 1.0
 LINE_S = 5.0  # between two progress lines
+CLOSE_S = 20.0  # for an engine to end
 LEAVE_S = 5.0  # for workers to see what is in hand through, and leave, when the run was stopped
 
 
@@ -84,7 +85,18 @@ class Run:
             await asyncio.gather(*tasks.values(), return_exceptions=True)
             with suppress(MillraceError), boundary("collecting"):  # the last steps of a run that fails are kept, too
                 await self._collect(line, record)
-        return await self._conclude(line, record)
+        found = await self._conclude(line, record)
+        await self._close(line)
+        return found
+
+    async def _close(self, line: Line) -> None:
+        """Let engines end in order: one that has processes of its own leaves shared memory behind otherwise."""
+        for name, each in line.engines.items():
+            try:
+                with boundary(f"closing {name}"):
+                    await asyncio.wait_for(each.close(), CLOSE_S)
+            except MillraceError as caught:
+                self._say(f"{caught}; its process is ended all the same")
 
     async def _look_back(self, line: Line, record: Recorder) -> None:
         """Go on from what earlier incarnations recorded, as far as it is committed."""

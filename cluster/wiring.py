@@ -44,6 +44,12 @@ class Line:
     workers: Mapping[str, Any]  # generation and reward workers, by name
     held_out: Any | None
 
+    @property
+    def engines(self) -> dict[str, Any]:
+        """Those that hold an engine, and close it when they are told to."""
+        own = {name: worker for name, worker in self.workers.items() if name.startswith("generation-")}
+        return own if self.held_out is None else {**own, "held-out": self.held_out}
+
 
 def wire(plan: Plan, spawn: Spawn) -> Line:
     """Make the components of a run and connect them. Nothing runs yet."""

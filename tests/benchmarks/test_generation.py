@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import generation, ray_calls
-from benchmarks.generation_arms import Ours, Setting, Work
+from benchmarks.generation_arms import Ours
+from benchmarks.generation_work import Setting, Work
 from examples import tiny_model
 
 WORK = Work(groups=16, group_size=8, max_tokens=12, stops=False)
