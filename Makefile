@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .PHONY: help setup demo test test-fast test-long bench lint lock clean
 
 help:
-	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about 4 minutes after set-up)"
+	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about two minutes after set-up)"
 	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (at most a minute)"
 	@echo "make test-long  the suites that take longer"

@@ -1,4 +1,4 @@
-"""The demo: `make demo`. No GPU, no download, about four minutes on two cores.
+"""The demo: `make demo`. No GPU, no download, about two minutes on two cores after set-up.
 
 1. A character-level model with random weights is warm-started by supervised training, at the end on answers that are
    wrong on purpose, so that it knows the tasks but mostly answers badly.
