@@ -12,56 +12,16 @@ from hashlib import blake2b
 from math import comb
 from typing import Any
 
-from pydantic import Field, model_validator
-
+from millrace.actors.config import EvaluationConfig
 from millrace.actors.engines import engine as build_engine
 from millrace.actors.weights import check_names
 from millrace.core.calls import together
-from millrace.core.config import Config
 from millrace.core.errors import ConfigError, DataError, EngineError, WeightsError
 from millrace.core.protocols import Clock, Engine, Proof, Sampling, WeightHandle, WeightStore
 from millrace.core.types import Prompt, Rollout, Verdict, VerdictKind, WorkerId
 from millrace.core.weights import VersionGoneError
 
 Judge = Callable[[Prompt, Sequence[Rollout]], Sequence[Verdict] | Awaitable[Sequence[Verdict]]]
-
-
-class EvaluationConfig(Config):
-    """How often and how the policy is evaluated on held-out prompts."""
-
-    every: int = Field(default=10, ge=1)
-    """Optimiser steps between two evaluations."""
-
-    samples: int = Field(default=1, ge=1)
-    """Responses to each prompt: the n of mean@n, and the n out of which pass@k is estimated."""
-
-    pass_at: tuple[int, ...] = (1,)
-    """The k of pass@k, each at most `samples`."""
-
-    temperature: float = Field(default=1.0, ge=0)
-    """Of sampling; 0 is greedy, where the engine has it."""
-
-    max_tokens: int = Field(default=1024, ge=1)
-    """Longest response, tokens."""
-
-    stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response."""
-
-    correct_from: float = 1.0
-    """A response counts as correct for pass@k from this score on."""
-
-    slots: int = Field(default=64, ge=1)
-    """Responses generated at the same time."""
-
-    seed: int = 0
-    """Of sampling. Each (prompt, member) has its own seed, the same in every evaluation."""
-
-    @model_validator(mode="after")
-    def _samples_suffice(self) -> "EvaluationConfig":
-        for k in self.pass_at:
-            if not 1 <= k <= self.samples:
-                raise ValueError(f"pass_at has k = {k}, but k must lie between 1 and samples = {self.samples}")
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

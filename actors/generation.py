@@ -13,14 +13,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import Field
-
+from millrace.actors.config import GenerationConfig
 from millrace.actors.engines import engine as build_engine
 from millrace.actors.engines.wiring import check_wiring
 from millrace.actors.hand import Hand
 from millrace.actors.weights import WeightReceiver
 from millrace.core.calls import Bell, Outbox, persist, together
-from millrace.core.config import Config
 from millrace.core.errors import ConfigError, DeadlineError, EngineError
 from millrace.core.heart import Heart, Pulse
 from millrace.core.protocols import Clock, Engine, Grant, Orders, Queue, Role, Sampling, WeightStore
@@ -31,48 +29,6 @@ T = TypeVar("T")
 
 FETCH_AGAIN_S = 0.05
 WEIGHTS_SOON_S = 1.0
-
-
-class GenerationConfig(Config):
-    """How a generation worker keeps its engine busy."""
-
-    slots: int = Field(default=64, ge=1)
-    """Responses that the engine generates at the same time."""
-
-    prefetch: int | None = Field(default=None, ge=0)
-    """Groups leased beyond what fills the slots; None: half of what fills them, at least one."""
-
-    whole_groups: bool = False
-    """Sample a group in one call. Otherwise each response is a call, and the slot of a short one is filled while
-    a long one of its group still runs; for engines whose slots fall free only at the end of a call."""
-
-    poll_s: float = Field(default=10.0, gt=0)
-    """How long a request for leases waits at the queue before it returns empty-handed."""
-
-    pack_groups: int = Field(default=8, ge=1)
-    """Finished groups leave in packs of about so many; a quarter of a step's groups keeps the calls few."""
-
-    linger_s: float = Field(default=0.2, ge=0)
-    """How long a finished group waits at most for its pack to fill. It does not wait when nothing else is in hand."""
-
-    heartbeat_s: float = Field(default=1.0, gt=0)
-    """Between two heartbeats."""
-
-    probe_every: int = Field(default=16, ge=1)
-    """The weights are proved by probes at the first load and at every k-th after it."""
-
-    silence_s: float = Field(default=60.0, gt=0)
-    """How long the queue or the weight store may fail to answer before the worker gives up."""
-
-    check_wiring: bool = True
-    """A vLLM engine proves at its start that it computes with every tensor loaded into it, see engines/wiring.py. It
-    costs one load of the model in transformers."""
-
-    weights_s: float = Field(default=600.0, gt=0)
-    """How long a lease may wait for the weights it asks for; the run's first ones are waited for without limit."""
-
-    max_engine_failures: int = Field(default=8, ge=1)
-    """So many failed groups in a row, without a finished one among them, end the worker with their cause."""
 
 
 class GenerationWorker:

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.generation_work import Done, Setting, Work, order, prompts
+from millrace.actors.config import GenerationConfig
 from millrace.actors.engines import engine
-from millrace.actors.generation import GenerationConfig, GenerationWorker
+from millrace.actors.generation import GenerationWorker
 from millrace.cluster.spawn import here
 from millrace.core import schema
 from millrace.core.protocols import Feedback, Manifest, Role, Sampling

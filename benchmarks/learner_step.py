@@ -35,9 +35,10 @@ from millrace.core.types import (
     rollouts_of,
 )
 from millrace.learner.assemble import assemble, reward_of
+from millrace.learner.config import OptimiserConfig
 from millrace.learner.model import Policy, load_model
 from millrace.learner.objective import Objective
-from millrace.learner.optimiser import Optimiser, OptimiserConfig
+from millrace.learner.optimiser import Optimiser
 from millrace.learner.sequences import Sequences
 from millrace.learner.step import make_step
 

@@ -19,18 +19,16 @@ from typing import Any, Literal, Self
 import tomli_w
 from pydantic import Field, field_validator, model_validator
 
+from millrace.actors.config import EvaluationConfig, GenerationConfig
 from millrace.actors.datasets.config import DataConfig
-from millrace.actors.evaluation import EvaluationConfig
-from millrace.actors.generation import GenerationConfig
 from millrace.core.config import Config
 from millrace.core.errors import ConfigError, nearest
 from millrace.core.recipe import Recipe, Spec
 from millrace.core.recipe import load as load_recipe
 from millrace.core.references import absolute
 from millrace.core.replay.config import QueueConfig
-from millrace.learner.learner import LearnerConfig
-from millrace.learner.supervised import SupervisedConfig
-from millrace.rewards.worker import RewardConfig
+from millrace.learner.config import LearnerConfig, SupervisedConfig
+from millrace.rewards.config import RewardConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

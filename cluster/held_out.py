@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from millrace.actors.evaluation import Evaluation, EvaluationConfig, Evaluator
+from millrace.actors.config import EvaluationConfig
+from millrace.actors.evaluation import Evaluation, Evaluator
 from millrace.core.types import Prompt, WorkerId
 from millrace.core.weight_store import NodeStore
 from millrace.rewards.worker import DeferredJudge

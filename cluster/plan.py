@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from millrace.actors.config import EvaluationConfig
 from millrace.actors.datasets.loading import columns, load, require
 from millrace.actors.engines import ENGINES
-from millrace.actors.evaluation import EvaluationConfig
 from millrace.cluster.config import RunConfig
 from millrace.core.catalogue import Spec, split
 from millrace.core.config import Config
@@ -23,10 +23,9 @@ from millrace.core.protocols import Sampling
 from millrace.core.references import is_reference
 from millrace.core.replay import limiter
 from millrace.core.types import Prompt
-from millrace.learner.learner import LearnerConfig
+from millrace.learner.config import LearnerConfig, SupervisedConfig
 from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
-from millrace.learner.supervised import SupervisedConfig
 from millrace.rewards.judge import verifier
 
 

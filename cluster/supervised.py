@@ -15,8 +15,9 @@ from millrace.cluster.spawn import Spawn
 from millrace.core.errors import MillraceError, boundary
 from millrace.core.recipe import ObjectiveConfig
 from millrace.core.types import Prompt
+from millrace.learner.config import SupervisedConfig
 from millrace.learner.step import StepNumbers
-from millrace.learner.supervised import SupervisedConfig, SupervisedResult, train_supervised
+from millrace.learner.supervised import SupervisedResult, train_supervised
 
 POLL_S = 0.5
 LINE_S = 5.0

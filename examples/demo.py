@@ -19,9 +19,10 @@ from millrace.actors.datasets.loading import load
 from millrace.cluster import config, jobs
 from millrace.cluster.runtime import ray_cluster
 from millrace.core.errors import MillraceError
+from millrace.learner.config import SupervisedConfig
 from millrace.learner.model import load_tokenizer
 from millrace.learner.step import StepNumbers
-from millrace.learner.supervised import SupervisedConfig, train_supervised
+from millrace.learner.supervised import train_supervised
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs" / "demo"

@@ -13,10 +13,9 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from millrace.core import schema
 from millrace.core.calls import persist
@@ -27,10 +26,11 @@ from millrace.core.types import Floats, Group, GroupId
 from millrace.learner import checkpoint
 from millrace.learner.assemble import Assembled, Shape, assemble, reward_of, scores
 from millrace.learner.checkpoint import LearnerState, Saved
+from millrace.learner.config import LearnerConfig
 from millrace.learner.model import Policy, device_of, load_model, load_tokenizer
 from millrace.learner.objective import Objective
-from millrace.learner.optimiser import Optimiser, OptimiserConfig
-from millrace.learner.publish import PublishedDtype, Publisher
+from millrace.learner.optimiser import Optimiser
+from millrace.learner.publish import Publisher
 from millrace.learner.report import LearnerStatus, StepReport
 from millrace.learner.step import StepNumbers, make_step
 
@@ -38,31 +38,6 @@ T = TypeVar("T")
 Keep = Callable[[Group, Floats], str]  # group and its rewards -> "" to keep it, or the rule that filters it
 
 TAKE_WAIT_S = 2.0  # how long one `take` waits; `stop` is noticed within it
-
-
-class LearnerConfig(OptimiserConfig):
-    """The learner of a run."""
-
-    token_budget: PositiveInt = 16_384
-    """Rows of a micro-batch: what one forward and backward pass holds. Lower it when memory runs out."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products. Master weights, log-probabilities and the optimiser are float32."""
-    publish_dtype: PublishedDtype = "float32"
-    """Of published weights: what the engines compute in."""
-    probe_every: PositiveInt = 1
-    """The first published version carries probes, and each so-many-th after it: without them no engine can join."""
-    checkpoint_every: PositiveInt = 50
-    """Steps between commits. The last step is always committed."""
-    checkpoint_keep: PositiveInt = 2
-    """Checkpoints kept, besides the one with the best mean reward."""
-    seed: NonNegativeInt = 0
-    """Of the learner's random numbers."""
-    threads: PositiveInt | None = None
-    """Of torch on the CPU; None: torch's own choice."""
-    device: str | None = None
-    """As torch names it; None: the GPU if there is one."""
-    queue_deadline_s: PositiveFloat = 300.0
-    """How long a call may stay unanswered while the queue restarts."""
 
 
 class Remembering(Protocol):

@@ -2,56 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable
-from enum import StrEnum
-from typing import Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from millrace.core.config import Config
 from millrace.core.errors import TrainingError
-
-
-class Schedule(StrEnum):
-    """How the learning rate runs after warm-up."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    COSINE = "cosine"
-
-
-class OptimiserConfig(Config):
-    """AdamW and its schedule."""
-
-    learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled; on matrices, not on norms and biases."""
-    clip_norm: PositiveFloat = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it."""
-    schedule: Schedule = Schedule.CONSTANT
-    """Of the learning rate after warm-up."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up."""
-    decay_steps: PositiveInt | None = None
-    """Step at which linear and cosine schedules reach `final_ratio`."""
-    final_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Learning rate at the end of linear and cosine schedules, as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _decay_has_an_end(self) -> Self:
-        if self.schedule is not Schedule.CONSTANT:
-            if self.decay_steps is None:
-                raise ValueError(f"schedule = '{self.schedule}' needs decay_steps: the step at which it ends")
-            if self.decay_steps <= self.warmup_steps:
-                raise ValueError(
-                    f"decay_steps = {self.decay_steps} lies within warmup_steps = {self.warmup_steps}; raise the first"
-                )
-        return self
+from millrace.learner.config import OptimiserConfig, Schedule
 
 
 def rate_factor(step: int, config: OptimiserConfig) -> float:

@@ -1,7 +1,6 @@
 """Versioned weights out: one flat buffer, reused, with a manifest that lets every receiver prove what it holds."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,9 +10,8 @@ from transformers import PreTrainedModel
 from millrace.core.protocols import Manifest, Probe
 from millrace.core.types import Ints
 from millrace.core.weights import buffer_bytes, digest_of, layout
+from millrace.learner.config import PublishedDtype
 from millrace.learner.model import Policy
-
-PublishedDtype = Literal["float32", "bfloat16", "float16"]
 
 # Largest |difference| in nats between a probe here and in an engine that holds the same weights, at least. Measured
 # between vLLM and transformers: 1e-6 in float32, 8e-3 in bfloat16; a stale tensor is off by more than 1.

@@ -4,11 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from millrace.core.errors import DataError, RecipeError
@@ -17,31 +16,11 @@ from millrace.core.recipe import ObjectiveConfig
 from millrace.core.types import Prompt
 from millrace.learner.assemble import Sample, pack, split, weigh
 from millrace.learner.checkpoint import save_model
+from millrace.learner.config import SupervisedConfig
 from millrace.learner.model import Policy, device_of, load_model, load_tokenizer
 from millrace.learner.objective import Objective
-from millrace.learner.optimiser import Optimiser, OptimiserConfig
+from millrace.learner.optimiser import Optimiser
 from millrace.learner.step import StepNumbers, make_step
-
-
-class SupervisedConfig(OptimiserConfig):
-    """A supervised run."""
-
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    epochs: PositiveInt = 1
-    """Passes over the rows, each in an order of its own."""
-    batch_rows: PositiveInt = 64
-    """Rows of an optimiser step; the last of an epoch may have fewer."""
-    token_budget: PositiveInt = 16_384
-    """Rows of a micro-batch: what one forward and backward pass holds."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; master weights are float32."""
-    seed: NonNegativeInt = 0
-    """Of the order of the rows."""
-    threads: PositiveInt | None = None
-    """Of torch on the CPU; None: torch's own choice."""
-    device: str | None = None
-    """As torch names it; None: the GPU if there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,43 +19,17 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from millrace.core.catalogue import Method, Spec, resolve
-from millrace.core.config import Config
 from millrace.core.errors import MillraceError, RewardError, boundary
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind
+from millrace.rewards.config import JudgeConfig
 
 WORDS = ("text", "answer", "prompt", "tokens_T", "finish_reason", "row")
 FOLDER = "millrace.rewards.verifiers"
 QUICK_S = 0.02
 
 Decode = Callable[[Sequence[Ints]], Sequence[str]]
-
-
-class JudgeConfig(Config):
-    """How a verifier is called, and what of its answers is accepted."""
-
-    concurrency: int = Field(default=32, ge=1)
-    """Verdicts in the making at the same time; a synchronous verifier gets as many threads."""
-
-    deadline_s: float = Field(default=30.0, gt=0)
-    """A verdict that takes longer is a judge failure: no score, masked and counted. Keep it below judge_lease_s."""
-
-    lowest: float = 0.0
-    """The least score; what a response that cannot be judged trains as."""
-
-    highest: float = 1.0
-    """The greatest score."""
-
-    max_judge_failures: int = Field(default=64, ge=1)
-    """So many judge failures in a row, without one score among them, end the run with their cause."""
-
-    @model_validator(mode="after")
-    def _range_is_one(self) -> "JudgeConfig":
-        if not (math.isfinite(self.lowest) and math.isfinite(self.highest) and self.lowest < self.highest):
-            raise ValueError(f"lowest = {self.lowest} and highest = {self.highest}: give finite numbers, lowest first")
-        return self
 
 
 class Judge:

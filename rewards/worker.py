@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import Field
 from transformers import AutoTokenizer
 
 from millrace.core.calls import Bell, Outbox, persist, together
@@ -24,7 +23,8 @@ from millrace.core.heart import Heart, Pulse
 from millrace.core.protocols import Clock, Orders, Queue, Role
 from millrace.core.schema import decode
 from millrace.core.types import Group, GroupId, GroupVerdict, Ints, Prompt, Rollout, Verdict, WorkerId
-from millrace.rewards.judge import Decode, Judge, JudgeConfig
+from millrace.rewards.config import JudgeConfig, RewardConfig
+from millrace.rewards.judge import Decode, Judge
 from millrace.rewards.judge import verifier as resolved
 
 T = TypeVar("T")
@@ -32,31 +32,6 @@ T = TypeVar("T")
 SLOW_S = 1.0  # a worker whose groups take longer holds few of them
 FIRST_PAUSE_S = 0.01
 EMPTY_PAUSE_S = 0.25
-
-
-class RewardConfig(JudgeConfig):
-    """How many reward workers judge, and how."""
-
-    workers: int = Field(default=1, ge=1)
-    """Reward workers of the run."""
-
-    groups: int = Field(default=64, ge=1)
-    """Groups that a worker has in hand at most. While verdicts are slow it holds what `concurrency` can judge."""
-
-    poll_s: float = Field(default=10.0, gt=0)
-    """How long a request for groups waits at the queue before it returns empty-handed."""
-
-    pack_groups: int = Field(default=8, ge=1)
-    """Groups and verdicts travel in packs of about so many; a quarter of a step's groups keeps the calls few."""
-
-    linger_s: float = Field(default=0.2, ge=0)
-    """How long a pack may take to fill."""
-
-    heartbeat_s: float = Field(default=1.0, gt=0)
-    """Between two heartbeats."""
-
-    silence_s: float = Field(default=60.0, gt=0)
-    """How long the queue may fail to answer before the worker gives up."""
 
 
 def decoder(directory: str) -> Decode:

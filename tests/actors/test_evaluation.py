@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from millrace.actors.config import EvaluationConfig
 from millrace.actors.engines.table import TableEngine
-from millrace.actors.evaluation import Evaluation, EvaluationConfig, Evaluator, evaluation_seed, pass_at_k
+from millrace.actors.evaluation import Evaluation, Evaluator, evaluation_seed, pass_at_k
 from millrace.core.errors import ConfigError, DataError, EngineError, WeightsError
 from millrace.core.protocols import Manifest, Sampling
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind, WorkerId

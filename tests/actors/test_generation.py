@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from millrace.actors.config import GenerationConfig
 from millrace.actors.engines.sampling import log_softmax
 from millrace.actors.engines.table import TableEngine
-from millrace.actors.generation import GenerationConfig, GenerationWorker
+from millrace.actors.generation import GenerationWorker
 from millrace.core.errors import DeadlineError, EngineError, WeightsError
 from millrace.core.protocols import Feedback, Manifest, Probe, Proof, QueueStatus, Role, Sampling, WeightHandle
 from millrace.core.replay.config import QueueConfig

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from examples import tiny_model
 from millrace.actors.engines import engine
 from millrace.learner import checkpoint
+from millrace.learner.config import OptimiserConfig
 from millrace.learner.model import Policy, load_model, load_tokenizer
-from millrace.learner.optimiser import Optimiser, OptimiserConfig
+from millrace.learner.optimiser import Optimiser
 
 pytestmark = pytest.mark.ray
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from millrace.core.errors import TrainingError
 from millrace.learner.checkpoint import LearnerState, load, retain, save, surviving, verify
-from millrace.learner.optimiser import Optimiser, OptimiserConfig
+from millrace.learner.config import OptimiserConfig
+from millrace.learner.optimiser import Optimiser
 
 
 def trained(model, steps: int = 1) -> Optimiser:

@@ -15,7 +15,8 @@ from millrace.core.protocols import Feedback, Manifest, Resumption, Taken
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import views
-from millrace.learner.learner import Learner, LearnerConfig
+from millrace.learner.config import LearnerConfig
+from millrace.learner.learner import Learner
 from millrace.learner.report import StepReport
 from millrace.learner.table_model import TableConfig, TableForCausalLM
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from millrace.core.errors import ConfigError, TrainingError
-from millrace.learner.optimiser import Optimiser, OptimiserConfig, rate_factor
+from millrace.learner.config import OptimiserConfig
+from millrace.learner.optimiser import Optimiser, rate_factor
 
 
 def parameters() -> list[tuple[str, torch.nn.Parameter]]:

@@ -6,9 +6,10 @@ import torch
 
 from millrace.core.errors import TrainingError
 from millrace.learner.assemble import Sample, pack
+from millrace.learner.config import OptimiserConfig
 from millrace.learner.model import Policy
 from millrace.learner.objective import Objective
-from millrace.learner.optimiser import Optimiser, OptimiserConfig
+from millrace.learner.optimiser import Optimiser
 from millrace.learner.step import lag_numbers, make_step
 
 

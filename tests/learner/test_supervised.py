@@ -6,8 +6,9 @@ import torch
 
 from millrace.core.errors import DataError, RecipeError
 from millrace.core.types import Prompt
+from millrace.learner.config import SupervisedConfig
 from millrace.learner.model import Policy, load_model
-from millrace.learner.supervised import SupervisedConfig, train_supervised
+from millrace.learner.supervised import train_supervised
 from millrace.learner.table_model import TableConfig, TableForCausalLM
 
 CONFIG = SupervisedConfig(learning_rate=0.01, epochs=1, batch_rows=3, threads=1, device="cpu")

@@ -13,7 +13,8 @@ import pytest
 from millrace.core.catalogue import Method
 from millrace.core.errors import ConfigError, DataError, RewardError
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind, VersionRun
-from millrace.rewards.judge import Judge, JudgeConfig, verifier
+from millrace.rewards.config import JudgeConfig
+from millrace.rewards.judge import Judge, verifier
 
 
 def decode(tokens: Sequence[Ints]) -> list[str]:

@@ -23,7 +23,8 @@ from millrace.core.replay.queue import ReplayQueue
 from millrace.core.schema import decode as unpack
 from millrace.core.schema import encode
 from millrace.core.types import Group, GroupId, Ints, Lease, Prompt, Rollout, VerdictKind, VersionRun, WorkerId
-from millrace.rewards.worker import DeferredJudge, RewardConfig, RewardWorker, decoder
+from millrace.rewards.config import RewardConfig
+from millrace.rewards.worker import DeferredJudge, RewardWorker, decoder
 
 N = 4
 MAKER = WorkerId("generation-0")
