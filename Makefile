@@ -10,13 +10,15 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo test test-fast test-long bench lint lock clean
+.PHONY: help setup demo test test-fast test-long test-trl docs bench lint lock clean
 
 help:
 	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about two minutes after set-up)"
 	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (at most a minute)"
 	@echo "make test-long  the suites that take longer"
+	@echo "make test-trl   our losses beside TRL's own, in an environment of its own"
+	@echo "make docs       the documentation as pages, in site/"
 	@echo "make bench      the figures of benchmarks/README.md (about eight minutes, on a machine with nothing else to do)"
 	@echo "make lock       compile requirements/cpu.in to requirements/cpu.txt (needs uv)"
 
@@ -37,10 +39,22 @@ test: $(READY) lint test-fast
 	$(BIN)/python -m pytest -q -m "ray and not long"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and not long"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and not long and not trl"
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long
+
+test-trl: $(READY) .venv-trl/.ready
+	$(BIN)/python -m pytest -q -m trl
+
+.venv-trl/.ready:
+	@echo "setting up .venv-trl: TRL and its own PyTorch, about 1.5 GB"
+	@$(PYTHON) -m venv .venv-trl
+	@.venv-trl/bin/python -m pip install -qq --disable-pip-version-check trl==1.16.0 torch==2.13.0+cpu transformers==5.19.0 numpy
+	@touch .venv-trl/.ready
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.learner_step

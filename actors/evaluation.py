@@ -12,6 +12,7 @@ from hashlib import blake2b
 from math import comb
 from typing import Any
 
+from millrace.actors.adapters import whole_weights
 from millrace.actors.config import EvaluationConfig
 from millrace.actors.engines import engine as build_engine
 from millrace.actors.weights import check_names
@@ -114,7 +115,7 @@ class Evaluator:
         if twice:
             raise DataError(f"{name}: held-out prompt id {twice[0]!r} stands more than once: ids must be unique")
         self._name = name
-        self._store = store
+        self._store = whole_weights(store, engine)
         self._engine = _built(engine, name)
         self._prompts = prompts
         self._judge = judge

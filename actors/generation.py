@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from millrace.actors.adapters import whole_weights
 from millrace.actors.config import GenerationConfig
 from millrace.actors.engines import engine as build_engine
 from millrace.actors.engines.wiring import check_wiring
@@ -60,7 +61,7 @@ class GenerationWorker:
         self._engine: Engine = build_engine(**engine) if isinstance(engine, Mapping) else engine
         is_vllm = isinstance(engine, Mapping) and str(engine["name"]).startswith("vllm")
         self._to_check = engine if is_vllm and config.check_wiring else None
-        self._receiver = WeightReceiver(self._engine, store, probe_every=config.probe_every)
+        self._receiver = WeightReceiver(self._engine, whole_weights(store, engine), probe_every=config.probe_every)
         self._hand = Hand(self._engine, sampling=sampling, whole_groups=config.whole_groups, changed=self._bell.ring)
         self._outbox = Outbox[Group](self._put, linger_s=config.linger_s, full=config.pack_groups)
         self._heart = Heart(

@@ -34,8 +34,9 @@ from millrace.core.types import (
     VersionRun,
     rollouts_of,
 )
-from millrace.learner.assemble import assemble, reward_of
+from millrace.learner.assemble import assemble
 from millrace.learner.config import OptimiserConfig
+from millrace.learner.judged import Judged
 from millrace.learner.model import Policy, load_model
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
@@ -109,11 +110,11 @@ class Ours:
 
     def step(self, data: Batch) -> float:
         """Make it; returns the loss."""
-        rewards = [reward_of(group, verdict) for group, verdict in zip(data.groups, data.verdicts, strict=True)]
-        lag = [[0] * len(group.rollouts) for group in data.groups]
-        made = assemble(data.groups, data.verdicts, lag, rewards, self._objective, token_budget=16_384)
+        pairs = zip(data.groups, data.verdicts, strict=True)
+        judged = [Judged.of(group, verdict, [0] * len(group.rollouts)) for group, verdict in pairs]
+        made = assemble(judged, self._objective, token_budget=16_384)
         self.rows = made.rows
-        numbers = make_step(self._policy, self._objective, self._optimiser, made.microbatches, name=str)
+        numbers = make_step(self._policy, self._objective, self._optimiser, made.updates[0], name=str)
         return numbers.loss
 
 
@@ -165,12 +166,11 @@ class Plain:
         advantages: list[Floats] = []
         for group, verdict in zip(data.groups, data.verdicts, strict=True):
             reward_G = np.array([each.score for each in verdict.verdicts], np.float32)
-            length_G = np.array([len(rollout) for rollout in group.rollouts])
-            advantages.append(self._objective.advantages({"reward_G": reward_G, "length_G": length_G}))
+            sequences = Sequences([len(rollout) for rollout in group.rollouts])
+            advantages.append(self._objective.advantages({"reward_G": reward_G, "sequences": sequences}))
         group_S = np.repeat(np.arange(len(data.groups)), GROUP_SIZE)
         weight_N = self._objective.token_weights(Sequences(lengths_S), group_S=group_S)
-        advantage_N = np.repeat(np.concatenate(advantages), lengths_S)
-        return torch.from_numpy(advantage_N), torch.from_numpy(weight_N)
+        return torch.from_numpy(np.concatenate(advantages)), torch.from_numpy(weight_N)
 
 
 def _padded(data: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,20 +1,20 @@
-"""`millrace`: a thin command line over the job functions.
+"""`millrace`: a thin command line over `Job` and the catalogues.
 
-Commands are imported when they are called, so that `--help` does not wait for torch.
+Commands are imported when they are called, and torch only by those that need it.
 """
 
 import argparse
-import json
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from millrace import __version__
 from millrace.core.errors import ConfigError, MillraceError
+
+ID = "a run's directory, or its name below ./runs"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,16 +22,42 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="millrace", description="Asynchronous, off-policy RL post-training on Ray.")
     top.add_argument("--version", action="version", version=f"millrace {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train a model as a TOML file says")
+    _train(commands.add_parser("train", help="train a model as a TOML file says, and watch it"))
+    jobs = commands.add_parser("jobs", help="the runs below a directory, and how they are doing")
+    jobs.add_argument("runs", nargs="?", default="runs", metavar="DIRECTORY", help="of run directories (runs)")
+    status = commands.add_parser("status", help="what a run does right now")
+    status.add_argument("id", metavar="RUN", help=ID)
+    status.add_argument("--json", action="store_true", help="as in status.json")
+    attach = commands.add_parser("attach", help="watch a run until it ends; Ctrl-C leaves it alone")
+    attach.add_argument("id", metavar="RUN", help=ID)
+    _plain(attach)
+    stop = commands.add_parser("stop", help="end a run after the step under way, with a checkpoint")
+    stop.add_argument("id", metavar="RUN", help=ID)
+    stop.add_argument("--now", action="store_true", help="at once, without a checkpoint")
+    listing = commands.add_parser("list", help="what recipes and runs may name: a line each")
+    listing.add_argument("catalogue", nargs="?", metavar="CATALOGUE", help="this one alone, as surrogates")
+    show = commands.add_parser("show", help="a recipe's formula with its numbers, or a method's documentation")
+    show.add_argument("name", metavar="NAME", help="as grpo, clip, surrogates.clip, or the path of a recipe")
+    report = commands.add_parser("report", help="write report.html of a run")
+    report.add_argument("id", metavar="RUN", help=ID)
+    return top
+
+
+def _train(train: argparse.ArgumentParser) -> None:
     train.add_argument("run", nargs="?", metavar="RUN.toml", help="the run's configuration")
     train.add_argument("settings", nargs="*", metavar="key=value", help="instead of the file's, as loop.steps=20")
-    train.add_argument("--resume", metavar="DIRECTORY", help="continue the run in this directory from its last commit")
+    train.add_argument("--resume", metavar="RUN", help="continue this run from its last commit")
     train.add_argument("--dry-run", action="store_true", help="check everything, say what would run, and stop")
     train.add_argument(
         "--address", help="of a running Ray cluster ('auto': this machine's); without it one starts here"
     )
-    train.add_argument("--local", action="store_true", help="everything in this process, without Ray")
-    return top
+    train.add_argument("--local", action="store_true", help="everything in one process, without Ray")
+    train.add_argument("--detach", action="store_true", help="return when it has started; it goes on by itself")
+    _plain(train)
+
+
+def _plain(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plain", action="store_true", help="lines instead of the live view, in a terminal, too")
 
 
 def setting(text: str) -> tuple[list[str], Any]:
@@ -60,7 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser().error(f"unrecognized argument: {text}")
         given.settings.append(text)
     try:
-        _train(given)
+        if hasattr(given, "settings"):
+            given.settings = [setting(text) for text in given.settings]
+        module = "listing" if given.command in ("list", "show") else "commands"
+        getattr(import_module(f"millrace.cluster.{module}"), given.command)(given)
     except ConfigError as caught:
         print(f"millrace: {caught}", file=sys.stderr)
         sys.exit(2)
@@ -69,57 +98,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _train(given: argparse.Namespace) -> None:
-    if given.run is None and given.resume is None:
-        raise ConfigError("give either RUN.toml, or --resume DIRECTORY")
-    if given.resume and (given.run or given.settings):
-        raise ConfigError(
-            "a resumed run keeps its configuration: leave out " + " ".join(filter(None, (given.run, *given.settings)))
-        )
-    if given.address:
-        show_token(os.environ, Path.home() / ".ray" / "auth_token")
-    configs = import_module("millrace.cluster.config")
-    jobs = import_module("millrace.cluster.jobs")
-    if given.resume:
-        config = configs.of_directory(given.resume)
-        if config.directory.resolve() != Path(given.resume).expanduser().resolve():
-            raise ConfigError(f"{given.resume} was moved: its config.toml says {config.directory}; move it back there")
-    else:
-        config = configs.load(given.run, settings=[setting(text) for text in given.settings])
-    if given.dry_run:
-        print(jobs.dry_run(config))
-        return
-    found = jobs.train(config, address=given.address, local=given.local, resume=bool(given.resume))
-    print(summary(found))
-
-
-def show_token(environment: MutableMapping[str, str], file: Path) -> None:
-    """Ray's clusters ask for a token unless told not to, and Ray reads the mode once, when it is imported."""
-    if file.is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & environment.keys():
-        environment.setdefault("RAY_AUTH_MODE", "token")
-
-
-def _shown(mean: float | None) -> str:
-    return "no score" if mean is None else f"{mean:.3f}"
-
-
-def summary(found: Mapping[str, Any]) -> str:
-    """The end of a run, for a person.
-
-    >>> print(summary({"ended": "finished", "steps": 2, "seconds": 61.0, "directory": "runs/x"}))
-    finished after 2 steps in 61 s
-    runs/x/result.json
-    """
-    lines = [f"{found['ended']} after {found['steps']} steps in {found['seconds']:.0f} s"]
-    for name, title in (("reward", "training reward"), ("held_out", "held-out reward")):
-        if pair := found.get(name):
-            first, last = (
-                value["mean"] if isinstance(value, Mapping) else value for value in (pair["first"], pair["last"])
-            )
-            lines.append(f"{title} {_shown(first)} -> {_shown(last)}")
-    if waste := found.get("waste"):
-        lines.append("tokens " + json.dumps({row: many for row, many in waste.items() if many or row == "unaccounted"}))
-    lines.append(f"{found['directory']}/result.json")
-    return "\n".join(lines)
+    except BrokenPipeError:  # `millrace list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,23 +7,24 @@
     loop = { steps = 200, groups_per_step = 16, group_size = 8, max_lag = 4 }
     sampling.max_tokens = 256
 
-Relative paths start at the file. A recipe holds a method; model, sizes and machines are the run's.
+Relative paths start at the file, those of a RunConfig made in Python at the working directory. A recipe holds a
+method; model, sizes and machines are the run's.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
 from os.path import normpath
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from millrace.actors.config import EvaluationConfig, GenerationConfig
 from millrace.actors.datasets.config import DataConfig
-from millrace.core.config import Config
+from millrace.core.config import Config, in_words
 from millrace.core.errors import ConfigError, nearest
-from millrace.core.recipe import Recipe, Spec
+from millrace.core.recipe import Recipe, Rewards, Spec, Specs
 from millrace.core.recipe import load as load_recipe
 from millrace.core.references import absolute
 from millrace.core.replay.config import QueueConfig
@@ -68,6 +69,12 @@ class RewardSection(RewardConfig):
     verifier: Spec | None = None
     """Instead of the recipe's: a name, "file.py:function" or "package.module:function"."""
 
+    shapers: Specs | None = None
+    """Instead of the recipe's: what is made of a group's scores, in order."""
+
+    filters: Specs | None = None
+    """Instead of the recipe's: which judged groups are learnt from."""
+
 
 class EvaluationSection(EvaluationConfig):
     """Held-out evaluation; it runs when the data name a held-out file. `max_tokens` and `temperature`
@@ -85,7 +92,11 @@ class LearnerSection(LearnerConfig):
 
 
 class RunConfig(Config):
-    """A run."""
+    """A run. Made of keywords, `RunConfig(model=..., recipe="grpo", data={"train": ...}, loop={...})`, or of a file.
+
+    Raises:
+        ConfigError: every mistake on a line of its own, with the key and the nearest right one.
+    """
 
     name: str = ""
     """Of the directory it leaves; by default the file's stem."""
@@ -121,6 +132,29 @@ class RunConfig(Config):
 
     stall_s: float = Field(default=600.0, gt=0)
     """A run in which no step ends for so long is stopped with a message that says who waits for whom."""
+
+    tracking: Specs = ()
+    """Outside systems that are told of it: "wandb", "mlflow", "prometheus", each with its own settings."""
+
+    if not TYPE_CHECKING:  # to type checkers the fields are the signature
+
+        def __init__(self, **table: Any) -> None:
+            try:
+                super().__init__(**_with_recipe(table, Path.cwd()))
+            except ValidationError as caught:
+                raise in_words(caught, source="RunConfig") from None
+
+        __init__.__pydantic_base_init__ = True  # validation needs no detour through it
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> "RunConfig":
+        """A run out of a TOML file; `settings` replace what it says, a dot in a key written as two underscores:
+        `RunConfig.load("run.toml", loop__steps=20)`.
+
+        Raises:
+            ConfigError: the file is missing or no TOML, or a key or value in it is wrong.
+        """
+        return load(path, settings=[(key.split("__"), value) for key, value in settings.items()])
 
     @field_validator("model", "reference")
     @classmethod
@@ -158,7 +192,13 @@ class RunConfig(Config):
     @property
     def verifier(self) -> Spec | None:
         """What judges: the run's own choice, else the recipe's."""
-        return self.rewards.verifier or self.recipe.rewards.verifier
+        return self.judging.verifier
+
+    @property
+    def judging(self) -> Rewards:
+        """How rollouts are judged: the recipe's way, with the run's own choices."""
+        own = {slot: spec for slot in Rewards.model_fields if (spec := getattr(self.rewards, slot)) is not None}
+        return self.recipe.rewards.model_copy(update=own)
 
     @property
     def directory(self) -> Path:
@@ -171,20 +211,26 @@ def of(table: Mapping[str, Any], *, root: Path, source: str, name: str = "run") 
     Raises:
         ConfigError: every mistake on a line of its own, with the file, the key and the nearest right one.
     """
-    if "recipe" not in table:
-        table = {**table, "recipe": "grpo"}
-    recipe = table["recipe"]
-    if isinstance(recipe, str | Mapping):
-        table = {**table, "recipe": load_recipe(recipe, root=root)}
-    config = RunConfig.parse({"name": name, **table}, source=source)
+    return anchored(RunConfig.parse({"name": name, **_with_recipe(table, root)}, source=source), root)
+
+
+def _with_recipe(table: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """The table with its recipe composed, so that a mistake there is a RecipeError."""
+    recipe = table.get("recipe", "grpo")
+    return {**table, "recipe": load_recipe(recipe, root=root) if isinstance(recipe, str | Mapping) else recipe}
+
+
+def anchored(config: RunConfig, root: Path) -> RunConfig:
+    """The same run with its paths absolute; relative ones start at `root`."""
     data = config.data.model_copy(
         update={key: _below(root, getattr(config.data, key)) for key in ("train", "held_out")}
     )
-    rewards = config.rewards
-    if rewards.verifier is not None:
-        rewards = rewards.model_copy(update={"verifier": _anchored(rewards.verifier, root)})
+    own = {slot: _anchored(spec, root) for slot in Rewards.model_fields if (spec := getattr(config.rewards, slot))}
+    rewards = config.rewards.model_copy(update=own)
     return config.model_copy(
         update={
+            "name": config.name or "run",
+            "recipe": config.recipe.anchored(root),
             "data": data,
             "rewards": rewards,
             "model": _model(config.model, root),
@@ -252,10 +298,13 @@ def _below(root: Path, value: str | None) -> str | None:
     return None if value is None else normpath(root / Path(value).expanduser())
 
 
-def _anchored(spec: Spec, root: Path) -> Spec:
+def _anchored(spec: Any, root: Path) -> Any:
+    """A spec, or several, with its reference made absolute."""
     if isinstance(spec, str):
         return absolute(spec, root)
-    return {**spec, "name": absolute(spec["name"], root)}
+    if isinstance(spec, Mapping):
+        return {**spec, "name": absolute(spec["name"], root)}
+    return tuple(_anchored(each, root) for each in spec)
 
 
 def _model(value: str, root: Path) -> str:

@@ -38,18 +38,24 @@ def trained_by_length(ledger: Path, *, steps: int) -> list[dict[str, float]]:
 
 
 def _rollouts(records: Iterable[Mapping[str, Any]], *, steps: int) -> tuple[list[int], list[bool]]:
-    """The length of every generated rollout, and whether it was trained."""
+    """The length of every generated rollout, and whether it was trained, however often."""
+    committed = 0
     lengths: dict[tuple[int, int], list[int]] = {}
-    taken: dict[tuple[int, int], int] = {}  # group -> step
+    first: dict[tuple[int, int], int] = {}  # group -> the step of its first use
     for record in records:
         rows = record.get("rows", ())
         if record["op"] == "generated":
             for index, attempt, _tokens, rollouts, _location in rows:
                 lengths[index, attempt] = [sum(end - start for _, start, end in runs) for runs in rollouts]
         elif record["op"] == "took":
-            taken.update({(row[0], row[1]): record["step"] for row in rows})
-        elif record["op"] in ("lost", "filtered"):
             for row in rows:
-                taken.pop((row[0], row[1]), None)
-    each = [(length, taken.get(group, steps) < steps) for group, own in lengths.items() for length in own]
+                first.setdefault((row[0], row[1]), record["step"])
+        elif record["op"] in ("lost", "filtered"):
+            ends = record.get("step", committed)  # earlier uses stand: those before this step, or before the commit
+            for row in rows:
+                if first.get((row[0], row[1]), ends) >= ends:
+                    first.pop((row[0], row[1]), None)
+        elif record["op"] in ("committed", "reverted"):
+            committed = record["step"]
+    each = [(length, first.get(group, steps) < steps) for group, own in lengths.items() for length in own]
     return [length for length, _ in each], [was for _, was in each]

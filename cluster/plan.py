@@ -15,18 +15,24 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 from millrace.actors.config import EvaluationConfig
 from millrace.actors.datasets.loading import columns, load, require
 from millrace.actors.engines import ENGINES
+from millrace.cluster import trackers
 from millrace.cluster.config import RunConfig
 from millrace.core.catalogue import Spec, split
 from millrace.core.config import Config
 from millrace.core.errors import ConfigError, ModelError, RecipeError, boundary, nearest
 from millrace.core.protocols import Sampling
-from millrace.core.references import is_reference
 from millrace.core.replay import limiter
+from millrace.core.replay.config import QueueConfig
 from millrace.core.types import Prompt
 from millrace.learner.config import LearnerConfig, SupervisedConfig
+from millrace.learner.lora import check_targets
 from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
 from millrace.rewards.judge import verifier
+from millrace.rewards.shaping import Shaping
+
+# Advantages that are 0 in a group of one.
+COMPARES = frozenset({"advantages.grpo", "advantages.mean_baseline", "advantages.rloo"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,8 @@ class Plan:
 
     config: RunConfig
     objective: str  # the composed loss, in words
+    loop: QueueConfig  # as the run's, with what it leaves to the recipe
+    reference: str | None  # the model that a divergence is measured to, as it begins
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     sampling: Sampling
@@ -60,10 +68,13 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         ConfigError, DataError, ModelError, RecipeError, RewardError: what cannot work, and the way out.
     """
-    objective = Objective.of(config.recipe.objective, models=frozenset({"reference"} if config.reference else ()))
+    trackers.check(config.tracking)
+    reference = _reference(config)
+    objective = Objective.of(config.recipe.objective, models=frozenset({"reference"} if reference else ()))
     supervised = not objective.learns_from_rewards
-    _check_recipe(config, objective)
+    _check_recipe(config, objective, reference)
     tokenizer = load_tokenizer(config.model)
+    _check_lora(config, config.supervised if supervised else config.learner)
     context = _context(config.model)
     new = 0 if supervised else config.sampling.max_tokens
     stop_tokens = _stop_tokens(config.model, int(tokenizer.eos_token_id))
@@ -95,6 +106,8 @@ def make_plan(config: RunConfig) -> Plan:
     return Plan(
         config=config,
         objective=str(objective),
+        loop=_loop(config),
+        reference=reference,
         prompts=prompts,
         held_out=held_out,
         sampling=Sampling(
@@ -111,24 +124,57 @@ def make_plan(config: RunConfig) -> Plan:
     )
 
 
-def _check_recipe(config: RunConfig, objective: Objective) -> None:
+def _reference(config: RunConfig) -> str | None:
+    """The run's; a reference that follows the policy begins as the policy does."""
+    moves = split(config.recipe.objective.reference, slot="reference")[0] != "frozen"
+    return config.reference or (config.model if moves else None)
+
+
+def _loop(config: RunConfig) -> QueueConfig:
+    """The run's sizes, with the recipe's reuse."""
+    if "reuse" in config.loop.model_fields_set:
+        return config.loop
+    said = config.loop.model_dump(exclude_unset=True) | {"reuse": config.recipe.updates.reuse}
+    return QueueConfig.parse(said, source=f"recipe {config.recipe.origin} in loop")
+
+
+def _check_recipe(config: RunConfig, objective: Objective, reference: str | None) -> None:
     """The recipe and the run fit each other."""
+    shaping = Shaping.of(config.judging)
+    origin, loop, updates = config.recipe.origin, config.loop, config.recipe.updates
     if config.verifier is None and objective.learns_from_rewards:
         raise RecipeError(
-            f"recipe {config.recipe.origin} learns from rewards, but names no verifier: "
+            f"recipe {origin} learns from rewards, but names no verifier: "
             'set rewards.verifier to a name, or to your own "file.py:function"'
         )
     advantage = objective.advantage
-    if advantage is not None and config.loop.group_size == 1 and not is_reference(advantage.name):
+    if advantage is not None and loop.group_size == 1 and advantage.name in COMPARES:
         raise RecipeError(
-            f"recipe {config.recipe.origin}: {advantage.name} compares the rollouts of a group, but "
+            f"recipe {origin}: {advantage.name} compares the rollouts of a group, but "
             "loop.group_size = 1: every advantage would be 0, and nothing learnt; set it to 2 or more"
         )
-    if unused := [slot for slot in ("shapers", "filters") if getattr(config.recipe.rewards, slot)]:
+    if updates.minibatches > loop.groups_per_step:
         raise RecipeError(
-            f"recipe {config.recipe.origin}: rewards.{unused[0]} is not applied by this release: leave it out, and "
-            "shape scores in the verifier"
+            f"recipe {origin}: updates.minibatches = {updates.minibatches}, but a batch has loop.groups_per_step ="
+            f" {loop.groups_per_step} groups, which stay whole: lower the first or raise the second"
         )
+    if "reference_logprob_N" in shaping.words and reference is None:
+        raise RecipeError(
+            f"recipe {origin}: its shapers ask for reference_logprob_N: give the run a reference model,"
+            ' reference = "path"'
+        )
+    methods = [objective.reference.name] if objective.moves_reference else []
+    if methods and "reference_logprob_N" not in objective.asks | objective.asks_of_groups | shaping.words:
+        raise RecipeError(
+            f"recipe {origin}: {methods[0]} moves a reference model that nothing compares with: add a divergence, as"
+            ' penalties = ["k3"], or leave it out'
+        )
+
+
+def _check_lora(config: RunConfig, section: LearnerConfig | SupervisedConfig) -> None:
+    """The model has the layers that are to be adapted."""
+    if section.lora is not None:
+        check_targets(config.model, section.lora)
 
 
 def _check_gpus(config: RunConfig) -> None:
@@ -250,7 +296,7 @@ def _described(plan: Plan) -> Iterator[str]:
     config = plan.config
     loop, generation = config.loop, config.generation
     yield f"run        {config.name} -> {config.directory}"
-    yield f"model      {config.model}" + (f", reference {config.reference}" if config.reference else "")
+    yield f"model      {config.model}" + (f", reference {plan.reference}" if plan.reference else "")
     yield f"recipe     {config.recipe.origin}: {plan.objective}"
     yield f"data       {len(plan.prompts)} prompts of {config.data.train}"
     if plan.held_out:

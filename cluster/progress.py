@@ -1,13 +1,8 @@
-"""What a person reads while a run goes on: one plain line now and then."""
+"""What a person reads while a run goes on: one plain line now and then, made from a Status alone."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import isfinite
 
-from millrace.actors.evaluation import Evaluation
-from millrace.core.protocols import QueueStatus
-from millrace.core.replay.config import QueueConfig
-from millrace.learner.report import StepReport
+from millrace.cluster.snapshot import Status
 
 
 def duration(seconds: float) -> str:
@@ -33,57 +28,43 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def shown(mean: float) -> str:
+def shown(mean: float | None) -> str:
     """A mean reward; there is none where every judgement failed.
 
-    >>> shown(0.5), shown(float("nan"))
-    ('0.500', 'no score')
+    >>> shown(0.5), shown(float("nan")), shown(None)
+    ('0.500', 'no score', 'no score')
     """
-    return f"{mean:.3f}" if isfinite(mean) else "no score"
+    return f"{mean:.3f}" if mean is not None and isfinite(mean) else "no score"
 
 
-def mean_lag(reports: Sequence[StepReport]) -> float:
-    """Of the trained tokens, versions."""
-    tokens = [(lag, numbers.tokens) for report in reports for lag, numbers in report.numbers.by_lag.items()]
-    total = sum(many for _, many in tokens)
-    return sum(lag * many for lag, many in tokens) / total if total else 0.0
+def line(status: Status) -> str:
+    """How far, how well, how stale, how fast, and who waits for whom.
+
+    >>> line(Status(id="runs/x", state="running", step=7, steps=12, reward=0.25, eta_s=75))
+    'step  7/12  reward 0.250  eta 1:15'
+    """
+    parts = [f"step {status.step:>{len(str(status.steps))}}/{status.steps}"]
+    if status.reward is not None:
+        parts.append(f"reward {shown(status.reward)}")
+    if status.held_out is not None:
+        parts.append(f"held-out {shown(status.held_out['mean'])} @{status.held_out['step']}")
+    if status.draws:
+        parts.append(f"lag {status.lag['mean']:.1f} of {status.lag['max']}")
+        parts.append(f"generate {count(status.rates['generated_tokens_per_s'])} tok/s")
+        parts.append(f"learn {count(status.rates['trained_tokens_per_s'])} tok/s")
+        parts.append(waits(status))
+    if status.eta_s is not None:
+        parts.append(f"eta {duration(status.eta_s)}")
+    return "  ".join(parts)
 
 
-@dataclass
-class Meter:
-    """Rates between two lines."""
-
-    time_s: float
-    generated: int = 0
-    reports: list[StepReport] = field(default_factory=list)
-
-    def line(
-        self, loop: QueueConfig, *, now_s: float, status: QueueStatus, evaluation: Evaluation | None, eta_s: float
-    ) -> str:
-        """The progress since the last line; starts counting anew."""
-        reports, elapsed_s = self.reports, max(now_s - self.time_s, 1e-9)
-        generated = status.tokens.get("generated", 0)
-        parts = [f"step {status.step:>{len(str(loop.steps))}}/{loop.steps}"]
-        if reports:
-            parts.append(f"reward {sum(r.reward for r in reports) / len(reports):.3f}")
-        if evaluation is not None:
-            parts.append(f"held-out {shown(evaluation.mean)} @{evaluation.step}")
-        parts.append(f"lag {mean_lag(reports):.1f} of {loop.max_lag}")
-        parts.append(f"generate {count((generated - self.generated) / elapsed_s)} tok/s")
-        parts.append(f"learn {count(sum(r.tokens for r in reports) / elapsed_s)} tok/s")
-        parts.append(waits(status, sum(r.wait_s for r in reports) / elapsed_s))
-        parts.append(f"eta {duration(eta_s)}")
-        self.time_s, self.generated, self.reports = now_s, generated, []
-        return "  ".join(part for part in parts if part)
-
-
-def waits(status: QueueStatus, learner_share: float) -> str:
+def waits(status: Status) -> str:
     """Who waits for whom, in few words."""
-    said = [f"learner waits {min(learner_share, 1):.0%}"]
-    idle: Mapping[str, str] = {name: why for name, why in status.idle.items() if name.startswith("generation") and why}
+    said = [f"learner waits {min(status.learner['wait_share'], 1):.0%}"]
+    idle = {name: why for name, why in status.waits.items() if name.startswith("generation")}
     if idle:
         name, why = next(iter(idle.items()))
-        said.append(f"{name if len(idle) == 1 else f'{len(idle)} engines'} wait: {_short(why)}")
+        said.append(f"{name} waits: {_short(why)}" if len(idle) == 1 else f"{len(idle)} engines wait: {_short(why)}")
     return ", ".join(said)
 
 

@@ -5,7 +5,7 @@ Numbers are returned upwards by the components and written here, in one place.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +39,7 @@ class Recorder:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
+        self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # get every row of metrics.jsonl, too
         self._metrics = (directory / "metrics.jsonl").open("a", buffering=1)
         self._events = (directory / "events.jsonl").open("a", buffering=1)
         self._board = EventFileWriter(str(directory / "tensorboard"))
@@ -64,6 +65,8 @@ class Recorder:
             if isinstance(value, int | float) and name not in ("step", "time_s")
         ]
         self._board.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        for listener in self.listeners:
+            listener(step, row)
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Forget the rows of metrics.jsonl beyond `step`, which will be made again. Returns those that stay."""

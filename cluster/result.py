@@ -40,8 +40,12 @@ def evaluated(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def row(report: StepReport) -> dict[str, Any]:
-    """The row of metrics.jsonl of one step."""
+def row(report: StepReport, *, tokens: Mapping[str, int]) -> dict[str, Any]:
+    """The row of metrics.jsonl of one step.
+
+    Args:
+        tokens: the waste ledger when the step was recorded; several steps may be recorded at once.
+    """
     numbers = report.numbers
     return {
         "version": report.version,
@@ -69,6 +73,7 @@ def row(report: StepReport) -> dict[str, Any]:
             for lag, at_lag in numbers.by_lag.items()
             for name in ("tokens", "k3", "max_gap", "effective_sample_size", "clip_fraction")
         },
+        **{f"waste/{name}": many for name, many in tokens.items()},
     }
 
 
@@ -89,7 +94,7 @@ def _throughput(samples: int, tokens: Mapping[str, int], seconds: float) -> dict
     return {
         "samples_per_s": _rate(samples, seconds),
         "generated_tokens_per_s": _rate(tokens.get("generated", 0), seconds),
-        "trained_tokens_per_s": _rate(tokens.get("trained", 0), seconds),
+        "trained_tokens_per_s": _rate(tokens.get("trained", 0) + tokens.get("reused", 0), seconds),
     }
 
 

@@ -7,19 +7,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from millrace.actors.evaluation import Evaluation
+from millrace.cluster.gauge import Gauge
 from millrace.cluster.lengths import trained_by_length
 from millrace.cluster.plan import Plan
-from millrace.cluster.progress import Meter, shown
+from millrace.cluster.progress import line as progress_line
+from millrace.cluster.progress import shown
 from millrace.cluster.record import Recorder, plain
 from millrace.cluster.result import Row, evaluated, result, row
+from millrace.cluster.run_directory import RESULT
+from millrace.cluster.samples import RolloutLog
+from millrace.cluster.snapshot import Score, Snapshot
 from millrace.cluster.spawn import Spawn
+from millrace.cluster.trackers import tracked
 from millrace.cluster.wiring import Line, wire
 from millrace.core.errors import DeadlineError, MillraceError, boundary
 from millrace.core.protocols import QueueStatus
+from millrace.learner.model import load_tokenizer
 from millrace.learner.report import StepReport
 
 POLL_S = 1.0
@@ -31,20 +40,34 @@ LEAVE_S = 5.0  # for workers to see what is in hand through, and leave, when the
 class Run:
     """Runs a plan once. Call `execute`; `stop` from anywhere in the same loop ends it in order."""
 
-    def __init__(self, plan: Plan, *, spawn: Spawn, resume: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        spawn: Spawn,
+        resume: bool,
+        say: Callable[[str], None],
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        config = plan.config
         self._plan = plan
+        self._snapshot = snapshot or Snapshot(config.directory, name=config.name, steps=config.loop.steps)
         self._resume = resume
         self._spawn = spawn
         self._say = say
-        self._reports: list[StepReport] = []
+        self._rollouts = RolloutLog(config.directory, partial(load_tokenizer, config.model))
+        self._reports: list[StepReport] = []  # without their samples, which are on the disk
         self._evaluations: list[Evaluation] = []
         self._rows: list[Row] = []  # of all steps in the surviving history, those of earlier incarnations first
         self._held_out: list[dict[str, Any]] = []  # and of all evaluations
         self._resumed_at = 0
+        self._generated, self._version = 0, -1  # tokens and newest weights, of earlier incarnations
+        self._tokens: Mapping[str, int] = {}  # the waste ledger at the last look
         self._waiting: Counter[str] = Counter()
         self._polls = 0
         self._stopped = asyncio.Event()
         self._line: Line | None = None
+        self._gauge: Gauge | None = None
 
     async def execute(self) -> Mapping[str, Any]:
         """Run to the end.
@@ -54,9 +77,18 @@ class Run:
         Raises:
             MillraceError: a component failed; the message names it and the cause.
         """
-        with Recorder(self._plan.config.directory) as record:
+        config = self._plan.config
+        with Recorder(config.directory) as record:
+            told = tracked(
+                config.tracking,
+                config.model_dump(mode="json"),
+                record=record,
+                snapshot=self._snapshot,
+                say=self._say,
+            )
             try:
-                return await self._recorded(record)
+                async with told:
+                    return await self._recorded(record)
             except MillraceError as caught:
                 record.event("failed", cause=str(caught))
                 raise
@@ -78,7 +110,7 @@ class Run:
         record.event("resumed" if self._resume else "started", step=self._resumed_at, components=sorted(tasks))
         try:
             await self._watch(line, tasks, record)
-            await self._end(line, tasks)
+            await self._end(line, tasks, record)
         finally:
             for task in tasks.values():
                 task.cancel()
@@ -102,21 +134,24 @@ class Run:
         """Go on from what earlier incarnations recorded, as far as it is committed."""
         status: QueueStatus = await line.queue.status()
         kept = record.rewind(status.committed_step)
+        self._rollouts.rewind(status.committed_step)
         self._rows = [each for each in kept if "held_out" not in each]
         self._held_out = [each["held_out"] for each in kept if "held_out" in each]
         self._resumed_at = len(self._rows)
+        self._generated, self._version = status.tokens.get("generated", 0), status.newest_version
 
     async def stop(self) -> None:
         """Finish the step under way, commit it, and end the run."""
         self._stopped.set()
+        self._snapshot.update(state="stopping")
         if self._line is not None:
             await self._line.learner.stop()
 
     async def _watch(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
         """Record what happens until the learner is done."""
+        began = last_step = last_line = time.monotonic()
         loop = self._plan.config.loop
-        began = last_step = time.monotonic()
-        meter: Meter | None = None
+        gauge = Gauge(began, self._generated, steps=loop.steps, max_lag=loop.max_lag)
         while True:
             running = [task for task in tasks.values() if not task.done()]
             await asyncio.wait(running, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
@@ -126,32 +161,42 @@ class Run:
             with boundary("watching the queue"):
                 status: QueueStatus = await line.queue.status()
             now = time.monotonic()
-            if meter is None:
-                if status.newest_version < 0:
+            if self._gauge is None:
+                if status.newest_version <= self._version:
+                    self._snapshot.update()
+                    gauge.begin(now, status)
                     self._refuse_a_stall(now - began, status)
                     continue
-                began = last_step = now
-                meter = Meter(now, generated=status.tokens.get("generated", 0))
+                began = last_step = last_line = now
+                self._gauge = gauge
                 self._say("learner is ready; waiting for the first rollouts")
             self._polls += 1
             self._waiting.update(name for name, why in status.idle.items() if why)
-            with boundary("collecting what the learner and the evaluation report"):
-                fresh = await self._collect(line, record)
-                await line.store.held()  # a dead store is noticed here first
-            meter.reports += fresh
+            fresh = await self._look(line, record, status)
             last_step = now if fresh else last_step
             if tasks["learner"].done():
                 return
             self._refuse_a_stall(now - last_step, status)
-            if now - meter.time_s >= LINE_S and self._reports:
-                eta_s = (loop.steps - status.step) * self._pace_s()
-                newest = self._evaluations[-1] if self._evaluations else None
-                self._say(meter.line(loop, now_s=now, status=status, evaluation=newest, eta_s=eta_s))
+            if now - last_line >= LINE_S and self._reports:
+                last_line = now
+                self._say(progress_line(self._snapshot.status))
 
-    def _pace_s(self) -> float:
-        """Seconds per step of late; the first one also waited for the engines."""
-        late = self._reports[1:][-50:] or self._reports
-        return sum(report.step_s for report in late) / len(late)
+    async def _look(self, line: Line, record: Recorder, status: QueueStatus) -> list[StepReport]:
+        """Collect what is new, and tell it in status.json."""
+        self._tokens = status.tokens
+        with boundary("collecting what the learner and the evaluation report"):
+            fresh = await self._collect(line, record)
+            learner = await line.learner.status()
+            await line.store.held()  # a dead store is noticed here first
+        assert self._gauge is not None
+        newest = max(self._held_out, key=lambda each: int(each["step"]), default=None)
+        self._snapshot.update(
+            state="stopping" if self._stopped.is_set() else "running",
+            reward=self._rows[-1]["reward/mean"] if self._rows else None,
+            held_out=None if newest is None else Score(step=newest["step"], mean=newest["mean"]),
+            **plain(self._gauge.look(time.monotonic(), status, learner, fresh)),
+        )
+        return fresh
 
     def _refuse_a_stall(self, silent_s: float, status: QueueStatus) -> None:
         limit_s = self._plan.config.stall_s
@@ -166,10 +211,12 @@ class Run:
 
     async def _collect(self, line: Line, record: Recorder) -> list[StepReport]:
         """Fetch and record the steps and evaluations since the last time."""
-        reports: list[StepReport] = list(await line.learner.reports(after=len(self._reports)))
+        fresh: list[StepReport] = list(await line.learner.reports(after=len(self._reports)))
+        self._rollouts.write([sample for report in fresh for sample in report.samples])
+        reports = [replace(report, samples=()) for report in fresh]
         self._reports += reports
         for report in reports:
-            self._rows.append(plain(row(report)))
+            self._rows.append(plain(row(report, tokens=self._tokens)))
             record.metrics(report.step, self._rows[-1])
         if line.held_out is not None:
             for evaluation in await line.held_out.results(after=len(self._evaluations)):
@@ -184,7 +231,7 @@ class Run:
                     self._say(f"held-out before training: {shown(evaluation.mean)}")
         return reports
 
-    async def _end(self, line: Line, tasks: Mapping[str, asyncio.Future[None]]) -> None:
+    async def _end(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
         """The learner is done: let the others finish what they have, and leave."""
         await line.queue.finish()
         if line.held_out is not None:
@@ -201,12 +248,13 @@ class Run:
             done, late = await asyncio.wait(late, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+            await self._look(line, record, await line.queue.status())
 
     async def _conclude(self, line: Line, record: Recorder) -> Mapping[str, Any]:
         """Write result.json and model/."""
-        await self._collect(line, record)
         directory = self._plan.config.directory
         status = await line.queue.status()
+        await self._look(line, record, status)
         checkpoint: str | None = await line.learner.checkpoint()
         if checkpoint is not None:
             export(Path(checkpoint), directory / "model")
@@ -223,8 +271,9 @@ class Run:
                 by_length=trained_by_length(directory / "ledger.jsonl", steps=status.step),
             )
         )
-        (directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+        (directory / RESULT).write_text(json.dumps(found, indent=2) + "\n")
         record.event(found["ended"], step=found["steps"])
+        self._snapshot.update(state=found["ended"], eta_s=None, waits={})
         return dict(found)
 
 

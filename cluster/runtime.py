@@ -22,13 +22,24 @@ TOKEN = "a cluster with tokens wants one here: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PA
 KNOCK_S = 5.0
 
 
-def _knock(address: str, what: str) -> None:
-    """Ray itself waits for minutes where nobody answers."""
+def knock(address: str) -> None:
+    """See that somebody answers: Ray itself waits for minutes where nobody does.
+
+    Raises:
+        ConfigError: nobody does. An address that Ray resolves, as "auto", is taken as it is.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
-        return  # "auto", or a name that Ray resolves
-    with boundary(what, ConfigError), socket.create_connection((host.rpartition("/")[2], int(port)), timeout=KNOCK_S):
+        return
+    with (
+        boundary(_joining(address), ConfigError),
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=KNOCK_S),
+    ):
         pass
+
+
+def _joining(address: str) -> str:
+    return f"joining the Ray cluster at {address} ({TOKEN})"
 
 
 @contextmanager
@@ -53,9 +64,8 @@ def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = 
         with boundary("starting Ray on this machine", ConfigError):
             ray.init(address="local", include_dashboard=False, **options)
     else:
-        what = f"joining the Ray cluster at {address} ({TOKEN})"
-        _knock(address, what)
-        with boundary(what, ConfigError):
+        knock(address)
+        with boundary(_joining(address), ConfigError):
             ray.init(address=address, **options)
     try:
         yield

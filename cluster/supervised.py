@@ -11,7 +11,10 @@ from millrace.cluster.plan import Plan
 from millrace.cluster.progress import count, duration
 from millrace.cluster.record import Recorder, plain
 from millrace.cluster.result import SCHEMA_VERSION, packages
+from millrace.cluster.run_directory import RESULT
+from millrace.cluster.snapshot import LearnerNow, Snapshot
 from millrace.cluster.spawn import Spawn
+from millrace.cluster.trackers import tracked
 from millrace.core.errors import MillraceError, boundary
 from millrace.core.recipe import ObjectiveConfig
 from millrace.core.types import Prompt
@@ -64,11 +67,14 @@ class SupervisedLearner:
 class SupervisedRun:
     """Trains a plan's model once. Call `execute`; `stop` from anywhere in the same loop ends it in order."""
 
-    def __init__(self, plan: Plan, *, spawn: Spawn, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, *, spawn: Spawn, say: Callable[[str], None], snapshot: Snapshot | None = None
+    ) -> None:
         assert plan.supervision is not None
         run = plan.config
         self._run, self._config, self._say = run, plan.supervision, say
         self._steps = plan.supervision.epochs * -(-len(plan.prompts) // plan.supervision.batch_rows)
+        self._snapshot = snapshot or Snapshot(run.directory, name=run.name)
         self._learner = spawn(
             SupervisedLearner,
             model=run.model,
@@ -82,6 +88,7 @@ class SupervisedRun:
 
     async def stop(self) -> None:
         """Finish the step under way, save the model, and end."""
+        self._snapshot.update(state="stopping")
         await self._learner.stop()
 
     async def execute(self) -> Mapping[str, Any]:
@@ -92,9 +99,13 @@ class SupervisedRun:
         """
         run = self._run
         with Recorder(run.directory) as record:
+            told = tracked(
+                run.tracking, run.model_dump(mode="json"), record=record, snapshot=self._snapshot, say=self._say
+            )
             try:
-                with boundary("learner"):
-                    done = await _watched(self._learner, self._steps, record, self._say)
+                async with told:
+                    with boundary("learner"):
+                        done = await _watched(self._learner, self._steps, record, self._say, self._snapshot)
             except MillraceError as caught:
                 record.event("failed", cause=str(caught))
                 raise
@@ -112,16 +123,22 @@ class SupervisedRun:
                 "directory": str(run.directory),
             }
         )
-        (run.directory / "result.json").write_text(json.dumps(found, indent=2) + "\n")
+        (run.directory / RESULT).write_text(json.dumps(found, indent=2) + "\n")
+        self._snapshot.update(
+            state=ended, step=done.steps, eta_s=None, learner=LearnerNow(phase="stopped", phase_s=0.0, wait_share=0.0)
+        )
         self._say(f"{count(done.tokens)} tokens, loss {done.first_loss:.3f} -> {done.last_loss:.3f}")
         return dict(found)
 
 
-async def _watched(learner: Any, steps: int, record: Recorder, say: Callable[[str], None]) -> SupervisedResult:
+async def _watched(
+    learner: Any, steps: int, record: Recorder, say: Callable[[str], None], snapshot: Snapshot
+) -> SupervisedResult:
     """Record what it does until it is done."""
     task: asyncio.Future[SupervisedResult] = asyncio.ensure_future(learner.run())
     began = said = time.monotonic()
     seen = 0
+    snapshot.update(steps=steps)
     while True:
         done, _ = await asyncio.wait([task], timeout=POLL_S)
         for numbers in await learner.losses(after=seen):
@@ -130,7 +147,13 @@ async def _watched(learner: Any, steps: int, record: Recorder, say: Callable[[st
         if done:
             return task.result()
         now = time.monotonic()
-        if seen and now - said >= LINE_S:
+        if not seen:
+            snapshot.update()
+            continue
+        eta_s = (steps - seen) * (now - began) / seen
+        state = "stopping" if snapshot.status.state == "stopping" else "running"
+        phase = LearnerNow(phase="computing", phase_s=now - began, wait_share=0.0)
+        snapshot.update(state=state, step=seen, eta_s=eta_s, learner=phase)
+        if now - said >= LINE_S:
             said = now
-            eta_s = (steps - seen) * (now - began) / seen
             say(f"step {seen}/{steps}  loss {numbers.loss:.3f} nats per token  eta {duration(eta_s)}")

@@ -19,6 +19,7 @@ another machine needs that directory on a shared file system.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from millrace.actors.datasets.loading import columns
@@ -31,6 +32,7 @@ from millrace.core.replay.journal import LineJournal
 from millrace.core.replay.queue import ReplayQueue
 from millrace.core.weight_store import FileWeightStore, NodeStore
 from millrace.learner.learner import Learner
+from millrace.rewards.shaping import Shaping
 from millrace.rewards.worker import DeferredJudge, RewardWorker
 
 
@@ -60,18 +62,21 @@ def wire(plan: Plan, spawn: Spawn) -> Line:
     store = spawn(FileWeightStore, str(directory / "weights"), name="weights", home=True, **hold)
     source = DatasetOrder(plan.prompts, seed=run.seed, shuffle=run.data.shuffle)
     journal = LineJournal(directory / "ledger.jsonl")
-    queue = spawn(ReplayQueue, loop, source, seed=run.seed, journal=journal, name="queue", home=True)
+    queue = spawn(ReplayQueue, plan.loop, source, seed=run.seed, journal=journal, name="queue", home=True)
     learner = spawn(
         Learner,
         plan.learner,
         model=run.model,
-        reference=run.reference,
+        reference=plan.reference,
         objective=run.recipe.objective,
+        shaping=partial(Shaping.of, run.judging),
+        updates=run.recipe.updates,
         queue=queue,
         store=store,
         directory=str(directory / "checkpoints"),
         steps=loop.steps,
         temperature=plan.sampling.temperature,
+        max_tokens=plan.sampling.max_tokens,
         max_lag=loop.max_lag,
         name="learner",
         gpus=run.learner.gpus,

@@ -33,10 +33,15 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as caught:
-            lines = []
-            for error in caught.errors():
-                where = ".".join(str(part) for part in error["loc"]) or "top level"
-                text = error["msg"].removeprefix("Value error, ")
-                given = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
-                lines.append(f"{source}: {where}: {text}{given}")
-            raise ConfigError("\n".join(lines)) from None
+            raise in_words(caught, source=source) from None
+
+
+def in_words(caught: ValidationError, *, source: str) -> ConfigError:
+    """What pydantic says, a line per mistake, each with `source` and the dotted key."""
+    lines = []
+    for error in caught.errors():
+        where = ".".join(str(part) for part in error["loc"]) or "top level"
+        text = error["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
+        lines.append(f"{source}: {where}: {text}{given}")
+    return ConfigError("\n".join(lines))

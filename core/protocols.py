@@ -72,6 +72,7 @@ class Taken:
     verdicts: Sequence[GroupVerdict]  # in the order of the pack
     lag: Sequence[Sequence[int]]  # per group, per version run in rollout order: lag of these tokens, in versions
     masked: bool = False  # the stale rule `mask`: tokens with lag > max_lag leave the loss
+    uses: Sequence[int] = ()  # in the order of the pack: 0 is a group's first use, more where groups are reused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class Feedback:
 
     trained_tokens: int
     masked_tokens: int = 0
+    reused_tokens: int | None = None  # of trained_tokens, those of further uses; None: shared out in proportion
     scores: Mapping[str, float] = field(default_factory=dict)  # prompt id -> mean score
 
 
@@ -93,7 +95,7 @@ class QueueStatus:
     states: Mapping[str, int]  # draws by state
     tokens: Mapping[
         str, int
-    ]  # the waste ledger: row -> generated tokens; "generated" is the sum of the engines' counters
+    ]  # the waste ledger: row -> tokens; all but "reused" add up to "generated", the sum of the engines' counters
     lag_histogram: Mapping[int, int]  # trained rollouts by lag of their oldest token
     idle: Mapping[str, str]  # worker -> what it waits for
     calls: Mapping[str, int]  # requests answered, by method
@@ -199,6 +201,15 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """How the tensors of a manifest make whole weights: W = W_base + scale * W.lora_B @ W.lora_A, in float32."""
+
+    base: str  # identity of the weights that they belong to, see core/weights.py
+    scale: float
+    dtype: str  # of the whole weights: what engines compute in
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     version: int
     step: int  # optimiser steps made
@@ -207,6 +218,7 @@ class Manifest:
     digest: str  # sha256 of the buffer, hexadecimal
     probes: tuple[Probe, ...] = ()
     tolerance: float = 1e-4  # nats, on probes
+    adapter: Adapter | None = None  # None: the tensors are the whole weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

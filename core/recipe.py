@@ -2,6 +2,7 @@
 
     rewards.verifier = "exact"
     objective = { advantage = "rloo", surrogate = { name = "clip", high = 0.28 } }
+    updates = { epochs = 2, minibatches = 4 }
 
 Wherever a recipe is asked for, one may give the name of a file in recipes/, a path to a file of one's own, a table,
 or a table with `name`: that recipe, with what the table says instead.
@@ -13,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from millrace.core.catalogue import split
 from millrace.core.config import Config
@@ -47,20 +48,30 @@ class Rewards(Config):
     """Which judged groups are worth learning from; all must agree."""
 
 
-POLICY_GRADIENT = ("advantage", "ratio", "surrogate", "corrections")
+POLICY_GRADIENT = ("advantage", "normaliser", "ratio", "surrogate", "corrections", "proximal")
 
 
 class ObjectiveConfig(Config):
     """The slots of a loss: aggregate(product of corrections x surrogate(ratio, advantage) + sum of penalties).
 
-    Or a whole loss by name, as `"nll"` or `{ name = "dpo", beta = 0.1 }`; keys that are slots stay slots.
+    Or a whole loss by name, as `"nll"` or `{ name = "dpo", beta = 0.1, selection = "best_and_worst" }`; keys that are
+    slots stay slots.
     """
 
     loss: Spec | None = None
     """A whole loss from learner/objectives/ instead of the policy gradient's slots."""
 
+    selection: Spec | None = None
+    """Words of a group -> keep_G: which of its rollouts are learnt from. None: all."""
+
     advantage: Spec = "grpo"
-    """Words of a group -> advantage_G."""
+    """Words of a group -> advantage_G, or advantage_N for all of its response tokens."""
+
+    normaliser: Spec | None = None
+    """The advantages of the whole batch -> the same, on another scale."""
+
+    proximal: Spec | None = None
+    """What the policy as the step began is taken to be. None: it is computed."""
 
     ratio: Spec = "token"
     """Of the policy to an earlier one."""
@@ -76,6 +87,9 @@ class ObjectiveConfig(Config):
 
     aggregation: Spec = "token_mean"
     """What weighs the same: a token, a sequence, a prompt."""
+
+    reference: Spec = "frozen"
+    """Step -> how far the reference model then moves towards the policy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -99,6 +113,24 @@ class ObjectiveConfig(Config):
         return self
 
 
+class Updates(Config):
+    """How often what was generated is learnt from."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over a batch before the weights are published."""
+
+    minibatches: int = Field(default=1, ge=1)
+    """Optimiser steps of one pass; groups stay whole."""
+
+    reuse: int = Field(default=1, ge=1)
+    """Batches that may train one group, each within max_lag."""
+
+    @property
+    def per_batch(self) -> int:
+        """Optimiser steps of one batch."""
+        return self.epochs * self.minibatches
+
+
 class Recipe(Config):
     """A method, composed."""
 
@@ -110,6 +142,9 @@ class Recipe(Config):
 
     objective: ObjectiveConfig
     """What is minimised."""
+
+    updates: Updates = Updates()
+    """How often."""
 
     @model_validator(mode="before")
     @classmethod

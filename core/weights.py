@@ -10,6 +10,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
-from millrace.core.protocols import Manifest, Probe, Tensor, WeightHandle
+from millrace.core.protocols import Adapter, Manifest, Probe, Tensor, WeightHandle
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -76,6 +77,47 @@ def digest_of(buffer: NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(buffer).data).hexdigest()
 
 
+def identity_of(named: Iterable[tuple[str, NDArray[np.float32]]]) -> str:
+    """One digest of a model's weights, by names and values, in whatever order they come.
+
+    >>> a, b = ("a", np.zeros(2, np.float32)), ("b", np.ones(2, np.float32))
+    >>> identity_of([a, b]) == identity_of([b, a]) != identity_of([a, ("b", b[1] + 1)])
+    True
+    """
+    rows = sorted(
+        f"{name} {list(array.shape)} {hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()}"
+        for name, array in named
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+LORA_B, LORA_A = ".lora_B", ".lora_A"
+
+
+def factors_of(tensors: Iterable[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """An adapter's tensors: weight -> (lora_B, lora_A), whose product has the weight's shape.
+
+    Raises:
+        WeightsError: a tensor that is neither, a factor without the other, or two that cannot be multiplied.
+
+    >>> b, a = layout([("w.lora_B", "float32", (6, 2)), ("w.lora_A", "float32", (2, 4))])
+    >>> factors_of([a, b]) == {"w": (b, a)}
+    True
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    weights = {name.removesuffix(LORA_B).removesuffix(LORA_A) for name in by_name}
+    expected = {weight + factor for weight in weights for factor in (LORA_B, LORA_A)}
+    if odd := sorted(expected ^ by_name.keys()):
+        raise WeightsError(
+            f"an adapter has a {LORA_B} and a {LORA_A} for each of its weights, but {odd[0]} stands alone"
+        )
+    found = {weight: (by_name[weight + LORA_B], by_name[weight + LORA_A]) for weight in sorted(weights)}
+    for weight, (b, a) in found.items():
+        if not (len(a.shape) == len(b.shape) == 2 and b.shape[1] == a.shape[0]):
+            raise WeightsError(f"adapter of {weight}: {list(b.shape)} times {list(a.shape)} is no product")
+    return found
+
+
 def view_of(buffer: NDArray[np.uint8], tensor: Tensor) -> NDArray[Any]:
     """One parameter as a view of the flat buffer; bfloat16 as uint16, because numpy has none."""
     flat = buffer[tensor.offset : tensor.offset + tensor.size]
@@ -126,6 +168,7 @@ def to_json(manifest: Manifest) -> str:
             "epoch": manifest.epoch,
             "digest": manifest.digest,
             "tolerance": manifest.tolerance,
+            "adapter": None if manifest.adapter is None else asdict(manifest.adapter),
             "tensors": [
                 {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset, "size": t.size}
                 for t in manifest.tensors
@@ -151,6 +194,7 @@ def from_json(text: str, *, source: str) -> Manifest:
             epoch=int(data["epoch"]),
             digest=str(data["digest"]),
             tolerance=float(data["tolerance"]),
+            adapter=None if data.get("adapter") is None else Adapter(**data["adapter"]),
             tensors=tuple(Tensor(**{**t, "shape": tuple(t["shape"])}) for t in data["tensors"]),
             probes=tuple(
                 Probe(tokens_T=np.array(p["tokens"], np.int32), logprob_T=np.array(p["logprobs"], np.float32))

@@ -14,15 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from examples import make_data, tiny_model
-from millrace.actors.datasets.config import DataConfig
-from millrace.actors.datasets.loading import load
+from examples.warm_start import train
 from millrace.cluster import config, jobs
 from millrace.cluster.runtime import ray_cluster
 from millrace.core.errors import MillraceError
 from millrace.learner.config import SupervisedConfig
-from millrace.learner.model import load_tokenizer
-from millrace.learner.step import StepNumbers
-from millrace.learner.supervised import train_supervised
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs" / "demo"
@@ -48,29 +44,11 @@ def warm_start(folder: Path) -> float:
     model = folder / "random"
     tiny_model.build(model)
     files = dict(zip(PHASES, make_data.write_warm_start(folder), strict=True))
-    tokenizer = load_tokenizer(str(model))
     for phase, settings in PHASES.items():
-        rows = load(
-            files[phase],
-            tokenizer,
-            DataConfig(train=str(files[phase])),
-            context_tokens=tiny_model.CONTEXT_TOKENS,
-            max_new_tokens=16,
-        )
         out = folder / ("model" if phase == "noisy" else phase)
-        steps = -(-len(rows) // settings.batch_rows)
-        result = train_supervised(str(model), rows, str(out), settings, on_step=_progress(phase, steps))
-        seconds += result.seconds
+        seconds += train(model, files[phase], out, settings, name=f"{phase} answers")
         model = out
     return seconds
-
-
-def _progress(phase: str, steps: int) -> Any:
-    def on_step(step: int, numbers: StepNumbers) -> None:
-        if step % 200 == 0 or step == steps:
-            print(f"  {phase} answers: step {step}/{steps}, loss {numbers.loss:.2f} nats per token", flush=True)
-
-    return on_step
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

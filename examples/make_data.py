@@ -17,10 +17,11 @@ same digits in another order (sorting), another number from 00 to 98 (arithmetic
 import argparse
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from millrace.actors.datasets import arithmetic, sorting
 
@@ -68,7 +69,7 @@ def mistake(task: str, answer: str, draw: Callable[[], float]) -> str:
     return wrong
 
 
-def write(path: Path, rows: Iterable[Row]) -> int:
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """One JSON object per line; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row in rows]

@@ -1,7 +1,12 @@
 """A character-level Llama with random weights, for one core: `python examples/tiny_model.py DIRECTORY`.
 
 Each printable ASCII character and the newline is one token; the end-of-sequence token ends a response. The directory
-opens with `AutoModelForCausalLM`, `AutoTokenizer` and vLLM.
+opens with `AutoModelForCausalLM`, `AutoTokenizer` and vLLM. Its chat template makes of messages:
+
+    <bos>user:sort 4453
+    assistant:3445<eos>
+    user:reverse
+    assistant:
 """
 
 import argparse
@@ -15,6 +20,15 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 CONTEXT_TOKENS = 256
 
+# Role, colon, content, newline; what the assistant said ends as its responses do.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ message.role + ':' + message.content + (eos_token if message.role == 'assistant' else '') + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, ids in the order of SPECIAL and CHARACTERS; adds no special token by itself."""
@@ -26,6 +40,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     characters.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=characters,
+        chat_template=CHAT_TEMPLATE,
         pad_token=pad,
         bos_token=bos,
         eos_token=eos,

@@ -1,24 +1,23 @@
-"""Groups of a step -> packed micro-batches, with advantages and the weight of every token in the loss.
+"""Judged groups of a step -> packed micro-batches, with advantages and the weight of every token in the loss.
 
-    groups with verdicts -> rewards (shape) -> advantages (objective) -> token weights over the WHOLE batch
-    -> micro-batches of at most `token_budget` rows, whole groups together
+    rewards -> selection, advantages per group -> normaliser over the whole batch -> for each optimiser step its
+    groups, token weights over all of them -> micro-batches of at most `token_budget` rows, groups together
 
-N counts the tokens of the loss: sampled, and not masked for their age. Other tokens stay context.
+N counts the tokens of the loss: sampled, selected, and not masked for their age. Other tokens stay context.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from millrace.core.errors import TrainingError
-from millrace.core.types import Floats, Group, GroupVerdict, Ints, Rollout, Verdict, VerdictKind
+from millrace.core.recipe import Updates
+from millrace.core.types import Bools, Floats, Ints
 from millrace.learner.attention import Plan, Spans
+from millrace.learner.judged import Judged
 from millrace.learner.sequences import Sequences
-
-Shape = Callable[[Group, Sequence[Verdict]], Floats]
 
 
 class Weights(Protocol):
@@ -33,19 +32,14 @@ class Advantages(Weights, Protocol):
     @property
     def zero_advantage_is_zero_loss(self) -> bool: ...
 
+    @property
+    def keeps_groups_whole(self) -> bool: ...
+
+    def keep(self, have: Mapping[str, Any]) -> Bools: ...
+
     def advantages(self, have: Mapping[str, Any]) -> Floats: ...
 
-
-def scores(group: Group, verdicts: Sequence[Verdict]) -> Floats:
-    """Reward = the verifier's score. What `shape` is when a recipe shapes nothing.
-
-    Args:
-        group: of valid members only.
-        verdicts: theirs.
-    Returns:
-        reward_G.
-    """
-    return np.array([verdict.score for verdict in verdicts], np.float32)
+    def normalised(self, advantage_N: Floats, sequences: Sequences, *, group_S: Any) -> Floats: ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -58,13 +52,20 @@ class Sample:
     behaviour_logprob_T: Floats | None  # None: given, not sampled
     lag_T: Ints
     place_N: NDArray[np.int64]  # of its loss tokens among the T; at least one
-    advantage: float = 0.0
+    reward: float = 0.0
+    advantage_N: Floats | None = None  # of its loss tokens; None: 0
+    scored: Mapping[str, Floats] = field(default_factory=dict)  # words known before the step, of its loss tokens
     weight_N: Floats | None = None  # of its loss tokens, once the batch is known
 
     @property
     def rows(self) -> int:
         """Rows it takes in a packed batch: its last loss token, and what follows, is never read."""
         return int(self.place_N[-1])
+
+    @property
+    def length(self) -> int:
+        """Loss tokens."""
+        return len(self.place_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,175 +82,206 @@ class Microbatch:
     advantage_N: Floats
     weight_N: Floats
     staleness_N: Ints
-    groups: tuple[int, ...]  # places in the batch
+    scored: Mapping[str, Floats]  # words known before the step
+    reward_S: Floats
+    group_S: NDArray[np.int64]  # places in the batch
+    step: int = 0  # optimiser steps made before this batch
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Places in the batch."""
+        return tuple(dict.fromkeys(self.group_S.tolist()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembled:
     """The batch of one step."""
 
-    microbatches: tuple[Microbatch, ...]
+    updates: tuple[tuple[Microbatch, ...], ...]  # the micro-batches of each optimiser step on it
     tokens: int  # in the loss, those of skipped groups among them
-    masked_tokens: int  # sampled, left out for their age or for want of a verdict
+    tokens_of: tuple[int, ...]  # the same, group by group
+    masked_tokens: int  # sampled, left out for their age, by the selection, or for want of a verdict
     invalid: int  # rollouts without a verdict
     skipped_groups: int  # of zero advantage, where that is exactly zero loss
-    rows: int  # of all micro-batches
+    rows: int  # of all micro-batches of one pass
     unpacked_rows: int  # the same if every response carried its own prompt
     padding_share: float  # of the rows that attention works on; all else works on unpadded rows
     reward: float  # mean over valid rollouts
     reward_std: float
     length: float  # mean response length of valid rollouts, tokens
     scores: Mapping[str, float]  # prompt id -> mean score
+    advantages: tuple[Floats, ...]  # of each group's members, for all their response tokens, as the estimator made them
 
-
-def lags_of(group: Group, lag: Sequence[int]) -> list[Ints]:
-    """Per rollout, lag_T: the lags of a group's version runs, in rollout order, spread over their tokens."""
-    runs = [run for rollout in group.rollouts for run in rollout.versions]
-    if len(runs) != len(lag):
-        raise TrainingError(
-            f"{group.id}: {len(lag)} lags were sent for {len(runs)} version runs; the queue and the"
-            " learner do not run the same release"
+    def reused_tokens(self, uses: Sequence[int]) -> int:
+        """Loss tokens of the groups that some batch has trained before; without `uses` there are none."""
+        return sum(
+            tokens for tokens, use in zip(self.tokens_of, uses or (0,) * len(self.tokens_of), strict=True) if use
         )
-    lag_T = np.repeat(np.array(lag, np.int32), [run.end - run.start for run in runs])
-    return np.split(lag_T, np.cumsum([len(rollout) for rollout in group.rollouts])[:-1])
-
-
-def valid_members(group: Group, verdicts: Sequence[Verdict]) -> tuple[Group, list[Verdict], list[int]]:
-    """The group of members that have a score, their verdicts, and their places in the full group."""
-    places = [at for at, verdict in enumerate(verdicts) if verdict.kind is not VerdictKind.JUDGE_FAILED]
-    members = replace(group, rollouts=tuple(group.rollouts[at] for at in places))
-    return members, [verdicts[at] for at in places], places
-
-
-def reward_of(group: Group, verdict: GroupVerdict, *, shape: Shape = scores) -> Floats:
-    """reward_G of a group's valid members.
-
-    Raises:
-        TrainingError: verdict and group do not belong together, or the shaping returned nonsense.
-    """
-    if verdict.id != group.id or len(verdict.verdicts) != len(group.rollouts):
-        raise TrainingError(f"{group.id} came with the {len(verdict.verdicts)} verdicts of {verdict.id}")
-    members, kept, _ = valid_members(group, verdict.verdicts)
-    reward_G = np.asarray(shape(members, kept), np.float32)
-    if reward_G.shape != (len(kept),) or not np.isfinite(reward_G).all():
-        raise TrainingError(
-            f"{group.id} (prompt {group.prompt.id}): shaping made rewards {reward_G.tolist()} of {len(kept)} scores;"
-            " it must return one finite number per rollout"
-        )
-    return reward_G
 
 
 def assemble(
-    groups: Sequence[Group],
-    verdicts: Sequence[GroupVerdict],
-    lag: Sequence[Sequence[int]],
-    rewards: Sequence[Floats],
+    groups: Sequence[Judged],
     objective: Advantages,
     *,
     token_budget: int,
     mask_above: int | None = None,
+    updates: Updates | None = None,
+    step: int = 0,
+    seed: int = 0,
 ) -> Assembled:
     """Pack the groups of one step.
 
     Args:
-        groups, verdicts, lag: as the queue hands them out.
-        rewards: reward_G of the valid members of each group, from `reward_of`.
-        objective: makes advantages of rewards, and token weights of sequences.
-        token_budget: rows of a micro-batch; only a single response that is longer exceeds it.
+        groups: judged, shaped, and none of them filtered.
+        objective: makes selections and advantages of rewards, and token weights of sequences.
+        token_budget: rows of a micro-batch; only a single response that is longer exceeds it, or a group that an
+            objective wants whole.
         mask_above: tokens of a greater lag leave the loss; None: none does.
+        updates: how many optimiser steps, on which parts of the batch.
+        step: optimiser steps made before it.
+        seed: of the order in which several optimiser steps see the groups.
     """
-    samples: list[Sample] = []
-    lengths: list[int] = []
-    masked = 0
-    for index, (group, verdict, runs, reward_G) in enumerate(zip(groups, verdicts, lag, rewards, strict=True)):
-        members, _, places = valid_members(group, verdict.verdicts)
-        length_G = np.array([len(rollout) for rollout in members.rollouts], np.int64)
-        advantage_G = objective.advantages({"reward_G": reward_G, "length_G": length_G})
-        lags = lags_of(group, runs)
-        lengths += length_G.tolist()
-        valid = set(places)
-        masked += sum(int(r.sampled_T.sum()) for place, r in enumerate(group.rollouts) if place not in valid)
-        for rollout, place, advantage in zip(members.rollouts, places, advantage_G.tolist(), strict=True):
-            sample, stale = _sample(index, group, rollout, lags[place], advantage, mask_above)
-            masked += stale
-            if len(sample.place_N):
-                samples.append(sample)
-    weigh(samples, objective)
-    useful = _useful(samples, objective)
-    microbatches = tuple(pack(part) for part in split(useful, token_budget))
-    padded = sum(micro.plan.padded_cells for micro in microbatches)
-    reward = np.concatenate([*rewards, np.empty(0, np.float32)])
+    updates = updates or Updates()
+    words = [group.words(step=step) for group in groups]
+    advantages = [objective.advantages(have) for have in words]  # once each: an estimator may have memory
+    samples = [
+        sample
+        for at, (group, have) in enumerate(zip(groups, words, strict=True))
+        for sample in _samples(at, group, objective.keep(have), advantages[at], mask_above)
+    ]
+    _normalise(samples, objective)
+    parts = list(_parts(samples, len(groups), updates, (seed, step)))
+    packed = [_packed(part, objective, token_budget, step) for part in parts]
+    one_pass = [micro for part in packed[: updates.minibatches] for micro in part]
+    live = {group for micro in one_pass for group in micro.groups}
+    padded = sum(micro.plan.padded_cells for micro in one_pass)
+    tokens = sum(sample.length for sample in samples)
+    sampled = sum(int(rollout.sampled_T.sum()) for group in groups for rollout in group.group.rollouts)
+    reward = np.concatenate([*(group.reward_G for group in groups), np.empty(0, np.float32)])
+    lengths = [len(rollout) for group in groups for rollout in group.members.rollouts]
+    useful = [sample for sample in samples if sample.group in live]
     return Assembled(
-        microbatches=microbatches,
-        tokens=sum(len(sample.place_N) for sample in samples),
-        masked_tokens=masked,
-        invalid=sum(len(group.rollouts) for group in groups) - len(lengths),
-        skipped_groups=len({sample.group for sample in samples}) - len({sample.group for sample in useful}),
-        rows=sum(len(micro.token_C) for micro in microbatches),
+        updates=tuple(packed),
+        tokens=tokens,
+        tokens_of=_tokens_of(samples, len(groups)),
+        masked_tokens=sampled - tokens,
+        invalid=sum(len(group.group.rollouts) for group in groups) - len(lengths),
+        skipped_groups=len({sample.group for sample in samples} - live),
+        rows=sum(len(micro.token_C) for micro in one_pass),
         unpacked_rows=sum(sample.rows + len(sample.prompt_P) for sample in useful),
-        padding_share=1 - sum(m.plan.cells for m in microbatches) / padded if padded else 0.0,
+        padding_share=1 - sum(m.plan.cells for m in one_pass) / padded if padded else 0.0,
         reward=float(reward.mean()) if len(reward) else 0.0,
         reward_std=float(reward.std()) if len(reward) else 0.0,
         length=float(np.mean(lengths)) if lengths else 0.0,
-        scores=_mean_by_prompt(groups, verdicts),
+        scores=_mean_by_prompt(groups),
+        advantages=tuple(advantages),
     )
 
 
-def _sample(
-    index: int, group: Group, rollout: Rollout, lag_T: Ints, advantage: float, mask_above: int | None
-) -> tuple[Sample, int]:
-    """One response, and how many of its sampled tokens leave the loss for their lag."""
-    loss_T = rollout.sampled_T
-    if mask_above is not None:
-        loss_T = loss_T & (lag_T <= mask_above)
-    sample = Sample(
-        group=index,
-        prompt_P=group.prompt.tokens_P,
-        token_T=rollout.tokens_T,
-        behaviour_logprob_T=rollout.behaviour_logprob_T,
-        lag_T=lag_T,
-        place_N=np.flatnonzero(loss_T),
-        advantage=advantage,
-    )
-    return sample, int(rollout.sampled_T.sum()) - len(sample.place_N)
+def _samples(index: int, group: Judged, keep_G: Bools, advantage_N: Floats, mask_above: int | None) -> Iterator[Sample]:
+    """The selected members of a group that have tokens in the loss."""
+    ends = np.cumsum(group.sequences.lengths_S).tolist()
+    for member, (rollout, place) in enumerate(zip(group.members.rollouts, group.places, strict=True)):
+        lag_T = group.lags[place]
+        loss_T = rollout.sampled_T if mask_above is None else rollout.sampled_T & (lag_T <= mask_above)
+        place_N = np.flatnonzero(loss_T)
+        if not keep_G[member] or not len(place_N):
+            continue
+        own_N = place_N + ends[member] - len(rollout)
+        yield Sample(
+            group=index,
+            prompt_P=group.members.prompt.tokens_P,
+            token_T=rollout.tokens_T,
+            behaviour_logprob_T=rollout.behaviour_logprob_T,
+            lag_T=lag_T,
+            place_N=place_N,
+            reward=float(group.reward_G[member]),
+            advantage_N=advantage_N[own_N],
+            scored={word: value_N[own_N] for word, value_N in group.scored.items()},
+        )
 
 
-def _mean_by_prompt(groups: Sequence[Group], verdicts: Sequence[GroupVerdict]) -> dict[str, float]:
+def _normalise(samples: Sequence[Sample], objective: Advantages) -> None:
+    """Put the advantages of the batch on the recipe's scale."""
+    if not samples:
+        return
+    sequences, group_S = _sequences(samples)
+    advantage_N = objective.normalised(np.concatenate([_advantage(s) for s in samples]), sequences, group_S=group_S)
+    for sample, own in zip(samples, np.split(advantage_N, np.cumsum(sequences.lengths_S)[:-1]), strict=True):
+        sample.advantage_N = own
+
+
+def _parts(samples: Sequence[Sample], groups: int, updates: Updates, seed: tuple[int, int]) -> Iterator[list[Sample]]:
+    """The samples of each optimiser step: in every pass each group once, in an order of that pass."""
+    if updates.per_batch == 1:
+        yield list(samples)
+        return
+    for epoch in range(updates.epochs):
+        order = np.random.default_rng((*seed, epoch)).permutation(groups)
+        for part in np.array_split(order, updates.minibatches):
+            members = set(part.tolist())
+            yield [replace(sample) for sample in samples if sample.group in members]
+
+
+def _packed(samples: Sequence[Sample], objective: Advantages, token_budget: int, step: int) -> tuple[Microbatch, ...]:
+    """The micro-batches of one optimiser step."""
+    weigh(samples, objective)
+    parts = split(_useful(samples, objective), token_budget, whole_groups=objective.keeps_groups_whole)
+    return tuple(replace(pack(part), step=step) for part in parts)
+
+
+def _tokens_of(samples: Sequence[Sample], groups: int) -> tuple[int, ...]:
+    """Loss tokens, group by group."""
+    tokens = [0] * groups
+    for sample in samples:
+        tokens[sample.group] += sample.length
+    return tuple(tokens)
+
+
+def _mean_by_prompt(groups: Sequence[Judged]) -> dict[str, float]:
     by_prompt: dict[str, list[float]] = {}
-    for group, verdict in zip(groups, verdicts, strict=True):
-        valid = [v.score for v in verdict.verdicts if v.score is not None]
-        by_prompt.setdefault(group.prompt.id, []).extend(valid)
+    for group in groups:
+        valid = [verdict.score for verdict in group.verdicts if verdict.score is not None]
+        by_prompt.setdefault(group.group.prompt.id, []).extend(valid)
     return {prompt: float(np.mean(valid)) for prompt, valid in by_prompt.items() if valid}
 
 
 def weigh(samples: Sequence[Sample], objective: Weights) -> None:
-    """Give every loss token its weight. Denominators run over the whole batch, whatever is skipped later."""
+    """Give every loss token its weight. Denominators run over all of them, whatever is skipped later."""
     if not samples:
         return
-    lengths_S = np.array([len(sample.place_N) for sample in samples], np.int64)
-    group_S = np.array([sample.group for sample in samples], np.int64)
-    weight_N = objective.token_weights(Sequences(lengths_S), group_S=group_S)
-    for sample, weights in zip(samples, np.split(weight_N, np.cumsum(lengths_S)[:-1]), strict=True):
+    sequences, group_S = _sequences(samples)
+    weight_N = objective.token_weights(sequences, group_S=group_S)
+    for sample, weights in zip(samples, np.split(weight_N, np.cumsum(sequences.lengths_S)[:-1]), strict=True):
         sample.weight_N = weights
+
+
+def _sequences(samples: Sequence[Sample]) -> tuple[Sequences, NDArray[np.int64]]:
+    lengths_S = np.array([sample.length for sample in samples], np.int64)
+    return Sequences(lengths_S), np.array([sample.group for sample in samples], np.int64)
+
+
+def _advantage(sample: Sample) -> Floats:
+    return np.zeros(sample.length, np.float32) if sample.advantage_N is None else sample.advantage_N
 
 
 def _useful(samples: Sequence[Sample], objective: Advantages) -> list[Sample]:
     """Without groups whose every advantage is zero, where the objective says that their loss is zero then."""
     if not objective.zero_advantage_is_zero_loss:
         return list(samples)
-    live = {sample.group for sample in samples if sample.advantage != 0.0}
+    live = {sample.group for sample in samples if _advantage(sample).any()}
     return [sample for sample in samples if sample.group in live]
 
 
-def split(samples: Sequence[Sample], token_budget: int) -> list[list[Sample]]:
+def split(samples: Sequence[Sample], token_budget: int, *, whole_groups: bool = False) -> list[list[Sample]]:
     """Micro-batches: first fit, largest first. A group stays whole unless it exceeds the budget alone.
 
-    A single response longer than the budget is a micro-batch of its own.
+    A single response longer than the budget is a micro-batch of its own; with `whole_groups` such a group is.
     """
     pieces: list[tuple[int, list[Sample]]] = []  # rows, samples of one group
     for sample in samples:
         rows = pieces[-1][0] + sample.rows if pieces and pieces[-1][1][0].group == sample.group else None
-        if rows is None or rows > token_budget:
+        if rows is None or (rows > token_budget and not whole_groups):
             pieces.append((len(sample.prompt_P) + sample.rows, [sample]))
         else:
             pieces[-1][1].append(sample)
@@ -298,19 +330,21 @@ def pack(samples: Sequence[Sample]) -> Microbatch:
         length_S=response_SX[:, 2],
     )
     first_R, length_R = run_RX[:, 0], run_RX[:, 1]
-    lengths_S = np.array([len(sample.place_N) for sample in samples], np.int64)
+    sequences, group_S = _sequences(samples)
     return Microbatch(
         token_C=np.concatenate(tokens).astype(np.int64),
         position_C=np.arange(row) - np.repeat(np.cumsum(length_R) - length_R - first_R, length_R),
         plan=Plan.of(spans),
         row_N=np.concatenate(rows_N),
         token_N=np.concatenate([s.token_T[s.place_N] for s in samples]).astype(np.int64),
-        sequences=Sequences(lengths_S),
+        sequences=sequences,
         behaviour_logprob_N=_behaviour(samples),
-        advantage_N=np.repeat(np.array([s.advantage for s in samples], np.float32), lengths_S),
-        weight_N=np.concatenate([_weights(s) for s in samples]).astype(np.float32),
+        advantage_N=np.concatenate([_advantage(s) for s in samples]),
+        weight_N=np.concatenate([_weights(s) for s in samples]),
         staleness_N=np.concatenate([s.lag_T[s.place_N] for s in samples]),
-        groups=tuple(dict.fromkeys(s.group for s in samples)),
+        scored={word: np.concatenate([s.scored[word] for s in samples]) for word in samples[0].scored},
+        reward_S=np.array([s.reward for s in samples], np.float32),
+        group_S=group_S,
     )
 
 
@@ -320,5 +354,5 @@ def _behaviour(samples: Sequence[Sample]) -> Floats | None:
 
 
 def _weights(sample: Sample) -> Floats:
-    assert sample.weight_N is not None, "weigh the batch before it is packed"
-    return sample.weight_N
+    """Zeros where nobody weighs: for a pass that makes no loss."""
+    return np.zeros(sample.length, np.float32) if sample.weight_N is None else sample.weight_N.astype(np.float32)

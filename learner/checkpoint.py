@@ -1,11 +1,14 @@
 """Checkpoints: directories that AutoModel and vLLM open as they are, and that resume the learner exactly.
 
     step_N.<epoch>/   model.safetensors, config.json, generation_config.json, the tokenizer's files
+                      adapter/                        where adapters are trained: in peft's format; the model above
+                                                      then has them merged, for others; a learner resumes from these
                       learner/optimiser.safetensors   moments, count of steps, random number generators
+                      learner/reference.safetensors   of a reference that follows the policy
                       learner/state.json              step, version, epoch, memory of methods
                       files.json                      size and SHA-256 of all files; its own SHA-256 is THE digest
 
-The learner's part has a folder of its own because vLLM reads every safetensors file beside the config.
+These parts have folders of their own because vLLM reads every safetensors file beside the config.
 
 A directory is written under another name, made durable and renamed: under its own name it is complete. Nothing
 in it is a pickle.
@@ -15,8 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,12 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from millrace.core.errors import TrainingError
+from millrace.core.one_at_a_time import MODEL_LOADING
+from millrace.learner.model import Policy
 from millrace.learner.optimiser import Optimiser
 
 SCHEMA = 1
+ADAPTER, REFERENCE = "adapter", "learner/reference.safetensors"
 PARTIAL = ".partial"
 
 
@@ -41,6 +47,7 @@ class LearnerState:
     seed: int
     reward: float = 0.0  # mean of the step's batch; what `best` is measured by
     memory: Mapping[str, Any] = field(default_factory=dict)  # of methods that have one; plain JSON values
+    base: str | None = None  # identity of the weights that adapters belong to; None: all weights are trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +62,7 @@ def save(
     root: str,
     state: LearnerState,
     *,
-    model: PreTrainedModel,
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase | None,
     optimiser: Optimiser,
 ) -> Saved:
@@ -67,7 +74,11 @@ def save(
             shutil.rmtree(stale)
     learner = partial / "learner"
     learner.mkdir(parents=True)
-    save_model(partial, model, tokenizer)
+    save_model(partial, policy, tokenizer)
+    if policy.moving_reference is not None:
+        named = policy.moving_reference.named_parameters()
+        save_file({name: parameter.detach().contiguous() for name, parameter in named}, partial / REFERENCE)
+    state = replace(state, base=None if policy.adapters is None else policy.adapters.base)
     tensors = {f"optimiser.{name}": tensor.contiguous() for name, tensor in optimiser.state().items()}
     save_file({**tensors, **_generators()}, learner / "optimiser.safetensors")
     _write_json(learner / "state.json", {"schema": SCHEMA, **{f: getattr(state, f) for f in state.__slots__}})
@@ -75,16 +86,21 @@ def save(
     files = {str(path.relative_to(partial)): _fingerprint(path) for path in written}
     _write_json(partial / "files.json", files)
     digest = hashlib.sha256((partial / "files.json").read_bytes()).hexdigest()
-    for path in (*written, partial / "files.json", learner, partial):
+    folders = {path.parent for path in written}
+    for path in (*written, partial / "files.json", *(folders - {partial}), partial):
         _fsync(path)
     partial.rename(final)
     _fsync(final.parent)
     return Saved(directory=str(final), digest=digest)
 
 
-def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Model, generation config and tokenizer, as `from_pretrained` reads them."""
-    model.save_pretrained(directory)
+def save_model(directory: Path, policy: Policy, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Model, generation config and tokenizer, as `from_pretrained` reads them; adapters merged, and by themselves."""
+    # Not on the GPU: there is no room for the merged weights beside the model that trains.
+    whole = None if policy.adapters is None else dict(policy.adapters.whole(device=torch.device("cpu")))
+    policy.model.save_pretrained(directory, state_dict=whole)
+    if policy.adapters is not None:
+        policy.adapters.save(directory / ADAPTER)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 
@@ -113,31 +129,60 @@ def verify(directory: str, digest: str | None) -> None:
             raise TrainingError(f"checkpoint {directory}: {name} is not what was written; {way_out}")
 
 
-def load(directory: str, digest: str | None, *, model: PreTrainedModel, optimiser: Optimiser) -> LearnerState:
+def load(directory: str, digest: str | None, *, policy: Policy, optimiser: Optimiser) -> LearnerState:
     """Verify, then put weights, moments and random number generators back.
 
+    Args:
+        policy: opened as it was when the run was started; where adapters are trained, its model is their base.
     Raises:
-        TrainingError: the checkpoint is damaged, or of another model.
+        TrainingError: the checkpoint is damaged, of another model, or of other settings of lora.
     """
     verify(directory, digest)
     folder = Path(directory)
-    _load_weights(folder, model)
+    data = json.loads(_state_of(folder).read_text())
+    if data.pop("schema") != SCHEMA:
+        raise TrainingError(f"checkpoint {directory} was written by another release; resume with that one")
+    state = LearnerState(**data)
+    _load_trained(folder, state, policy)
+    if policy.moving_reference is not None:
+        if not (folder / REFERENCE).is_file():
+            raise TrainingError(
+                f"checkpoint {directory} holds no reference model, which the run's recipe moves; resume with the recipe"
+                " that the run was started with"
+            )
+        _copy(load_file(folder / REFERENCE), policy.moving_reference, folder)
     tensors = load_file(folder / "learner" / "optimiser.safetensors")
     optimiser.load({n.removeprefix("optimiser."): t for n, t in tensors.items() if n.startswith("optimiser.")})
     torch.set_rng_state(tensors["generator.cpu"])
     if torch.cuda.is_available() and "generator.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator.cuda"])
-    data = json.loads(_state_of(folder).read_text())
-    if data.pop("schema") != SCHEMA:
-        raise TrainingError(f"checkpoint {directory} was written by another release; resume with that one")
-    return LearnerState(**data)
+    return state
 
 
-def _load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """In place: the optimiser and the publisher hold these very parameters."""
-    loaded, report = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    held, saved = dict(model.named_parameters()), dict(loaded.named_parameters())
-    odd = sorted({*report["missing_keys"], *(held.keys() ^ saved.keys())})
+def _load_trained(folder: Path, state: LearnerState, policy: Policy) -> None:
+    """What is trained: adapters, or all weights. In place: the optimiser and the publisher hold these very tensors."""
+    model, adapters = policy.model, policy.adapters
+    if adapters is None:
+        if state.base is not None:
+            raise TrainingError(
+                f"checkpoint {folder} was written with lora; resume with the settings that the run was started with"
+            )
+        with MODEL_LOADING:
+            loaded, report = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        return _copy(dict(loaded.named_parameters()), model, folder, missing=report["missing_keys"])
+    if state.base not in (None, adapters.base):
+        raise TrainingError(
+            f"checkpoint {folder} has adapters of a base model with weights {state.base[:12]}, the run's model has"
+            f" {adapters.base[:12]}: its files have changed; resume with those that the run was started with"
+        )
+    adapters.load(folder / ADAPTER)
+
+
+def _copy(
+    saved: Mapping[str, torch.Tensor], model: PreTrainedModel, folder: Path, *, missing: Iterable[str] = ()
+) -> None:
+    held = dict(model.named_parameters())
+    odd = sorted({*missing, *(held.keys() ^ saved.keys())})
     odd += [name for name in held.keys() & saved.keys() if held[name].shape != saved[name].shape]
     if odd:
         raise TrainingError(

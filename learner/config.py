@@ -52,6 +52,17 @@ class OptimiserConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters beside frozen weights: W = W_base + (alpha / rank) * B A. No dropout: engines have none."""
+
+    rank: PositiveInt = 16
+    """Columns of B and rows of A."""
+    alpha: PositiveFloat = 32.0
+    """Over the rank, the scale of the adapters."""
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Names of the linear layers that get one, such as "q_proj"; None: all in the transformer blocks."""
+
+
 class LearnerConfig(OptimiserConfig):
     """The learner of a run."""
 
@@ -59,6 +70,10 @@ class LearnerConfig(OptimiserConfig):
     """Rows of a micro-batch: what one forward and backward pass holds. Lower it when memory runs out."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Master weights, log-probabilities and the optimiser are float32."""
+    gradient_checkpointing: bool = False
+    """Activations within a block are computed again in the backward pass: less memory, about a third more work."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and publish these alone; None: all weights."""
     publish_dtype: PublishedDtype = "float32"
     """Of published weights: what the engines compute in."""
     probe_every: PositiveInt = 1
@@ -73,6 +88,10 @@ class LearnerConfig(OptimiserConfig):
     """Of torch on the CPU; None: torch's own choice."""
     device: str | None = None
     """As torch names it; None: the GPU if there is one."""
+    max_filtered: PositiveInt = 100
+    """So many batches' worth of groups filtered for one step end the run: its filters leave nothing to learn from."""
+    samples_per_step: NonNegativeInt = 4
+    """Rollouts of each step that rollouts.jsonl and the report show; 0: none."""
     queue_deadline_s: PositiveFloat = 300.0
     """How long a call may stay unanswered while the queue restarts."""
 
@@ -90,6 +109,10 @@ class SupervisedConfig(OptimiserConfig):
     """Rows of a micro-batch: what one forward and backward pass holds."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; master weights are float32."""
+    gradient_checkpointing: bool = False
+    """Activations within a block are computed again in the backward pass: less memory, about a third more work."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and publish these alone; None: all weights."""
     seed: NonNegativeInt = 0
     """Of the order of the rows."""
     threads: PositiveInt | None = None

@@ -10,42 +10,48 @@ computes runs on one thread of its own, so that the event loop answers `status` 
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from millrace.core import schema
 from millrace.core.calls import persist
-from millrace.core.errors import LedgerError
+from millrace.core.errors import LedgerError, TrainingError
 from millrace.core.protocols import Clock, Feedback, Queue, Resumption, Taken, WeightStore
-from millrace.core.recipe import ObjectiveConfig
-from millrace.core.types import Floats, Group, GroupId
-from millrace.learner import checkpoint
-from millrace.learner.assemble import Assembled, Shape, assemble, reward_of, scores
+from millrace.core.recipe import ObjectiveConfig, Updates
+from millrace.core.types import Group, GroupId
+from millrace.core.words import SCORED
+from millrace.learner import checkpoint, prepass
+from millrace.learner.assemble import Assembled, assemble
 from millrace.learner.checkpoint import LearnerState, Saved
 from millrace.learner.config import LearnerConfig
-from millrace.learner.model import Policy, device_of, load_model, load_tokenizer
+from millrace.learner.judged import Judged, Shaping, Unshaped, texts_of
+from millrace.learner.loading import load_policy
+from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
 from millrace.learner.publish import Publisher
+from millrace.learner.reference import move
 from millrace.learner.report import LearnerStatus, StepReport
-from millrace.learner.step import StepNumbers, make_step
+from millrace.learner.samples import pick
+from millrace.learner.step import StepNumbers, make_steps
 
 T = TypeVar("T")
-Keep = Callable[[Group, Floats], str]  # group and its rewards -> "" to keep it, or the rule that filters it
 
 TAKE_WAIT_S = 2.0  # how long one `take` waits; `stop` is noticed within it
 
 
-class Remembering(Protocol):
-    """Has a memory that belongs into the checkpoint: plain JSON values."""
+class Batch(NamedTuple):
+    """The groups of a step as they are now, and what was filtered for it so far, by rule."""
 
-    def memory(self) -> Mapping[str, Any]: ...
-
-    def restore(self, saved: Mapping[str, Any]) -> None: ...
+    taken: Taken
+    groups: tuple[Judged, ...]
+    filtered: Mapping[str, int]
 
 
 class Learner:
@@ -61,10 +67,10 @@ class Learner:
         steps: of the whole run; None: until stopped.
         temperature: of sampling.
         max_lag: above it tokens are masked in batches that say so.
-        reference: directory or hub id of the frozen model that some objectives need.
-        shape: verdicts of a group's valid members -> their rewards.
-        keep: names the rule by which a shaped group is filtered, "" for none.
-        memories: what has memory besides the objective, by name: shapers and filters.
+        reference: directory or hub id of the reference model that some objectives need, as it begins.
+        shaping: makes the recipe's shapers and filters.
+        updates: how often each batch is learnt from.
+        max_tokens: the longest response that sampling allows.
         on_step: gets the report of each step.
         clock: monotonic seconds.
     """
@@ -82,9 +88,9 @@ class Learner:
         temperature: float = 1.0,
         max_lag: int | None = None,
         reference: str | None = None,
-        shape: Shape = scores,
-        keep: Keep | None = None,
-        memories: Mapping[str, Remembering] | None = None,
+        shaping: Callable[[], Shaping] = Unshaped,
+        updates: Updates | None = None,
+        max_tokens: int = 0,
         on_step: Callable[[StepReport], Awaitable[None]] | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
@@ -96,8 +102,10 @@ class Learner:
         self._steps = steps
         self._temperature = temperature
         self._max_lag = max_lag
-        self._shape, self._keep = shape, keep
-        self._memories: dict[str, Remembering] = {"objective": self.objective, **(memories or {})}
+        self._shaping = shaping()
+        self._updates = updates or Updates()
+        self._max_tokens = max_tokens
+        self._memories: dict[str, Objective | Shaping] = {"objective": self.objective, "shaping": self._shaping}
         self._on_step = on_step
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
@@ -109,7 +117,7 @@ class Learner:
         self._committed: list[tuple[str, float]] = []  # directory, mean reward
         self._since_commit: list[float] = []  # mean reward of each step
         self._reports: list[StepReport] = []
-        self._judged: dict[GroupId, tuple[Floats, str]] = {}  # of this step: rewards, and the rule that filters
+        self._judged: dict[GroupId, Judged] = {}  # of this step
         self._spent: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -147,7 +155,11 @@ class Learner:
         )
 
     async def reports(self, *, after: int) -> Sequence[StepReport]:
-        """Of all steps that this incarnation made but the first `after`."""
+        """Of all steps that this incarnation made but the first `after`, whose rollouts are then forgotten."""
+        for at in range(after - 1, -1, -1):
+            if not self._reports[at].samples:
+                break
+            self._reports[at] = replace(self._reports[at], samples=())
         return self._reports[after:]
 
     async def checkpoint(self) -> str | None:
@@ -158,25 +170,22 @@ class Learner:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         torch.manual_seed(self._config.seed)
-        device = device_of(self._config.device)
         self._tokenizer = load_tokenizer(self._model)
-        model = load_model(self._model, device=device)
-        self.policy = Policy(
-            model,
-            reference=load_model(self._reference, device=device) if self._reference else None,
+        self.policy = load_policy(
+            self._model,
+            self._config,
+            reference=self._reference,
+            reference_moves=self.objective.moves_reference,
             temperature=self._temperature,
-            compute_dtype=getattr(torch, self._config.compute_dtype),
         )
-        self._optimiser = Optimiser(model.named_parameters(), self._config)
+        self._optimiser = Optimiser(self.policy.model.named_parameters(), self._config)
         if resumption.directory is not None:
             self._restore(resumption)
         self._publisher = Publisher(self.policy, dtype=self._config.publish_dtype, probe_every=self._config.probe_every)
 
     def _restore(self, resumption: Resumption) -> None:
         assert resumption.directory is not None
-        state = checkpoint.load(
-            resumption.directory, resumption.digest, model=self.policy.model, optimiser=self._optimiser
-        )
+        state = checkpoint.load(resumption.directory, resumption.digest, policy=self.policy, optimiser=self._optimiser)
         if state.step != resumption.step:
             raise LedgerError(
                 f"checkpoint {resumption.directory} was written after step {state.step}, the ledger resumes at step"
@@ -189,22 +198,21 @@ class Learner:
     async def _one_step(self) -> None:
         began = self._phase_began = self._clock()
         self._spent = {"waiting": 0.0, "computing": 0.0, "publishing": 0.0, "committing": 0.0}
-        batch = await self._take()
-        if batch is None:
+        found = await self._take()
+        if found is None:
             return
-        groups, assembled = batch
+        batch, assembled = found
         self._enter("computing")
         numbers = await self._in_thread(
-            lambda: make_step(
-                self.policy,
-                self.objective,
-                self._optimiser,
-                assembled.microbatches,
-                name=lambda places: _named(self._step, [groups[place] for place in places]),
+            lambda: self._learn(
+                assembled, name=lambda places: _named(self._step, [batch.groups[place].group for place in places])
             )
         )
         feedback = Feedback(
-            trained_tokens=assembled.tokens, masked_tokens=assembled.masked_tokens, scores=assembled.scores
+            trained_tokens=assembled.tokens,
+            masked_tokens=assembled.masked_tokens,
+            reused_tokens=assembled.reused_tokens(batch.taken.uses),
+            scores=assembled.scores,
         )
         self._enter("publishing")
         step = self._step
@@ -217,11 +225,11 @@ class Learner:
         if self._step % self._config.checkpoint_every == 0:
             await self._commit()
         self._enter("waiting")
-        self._reports.append(self._report(groups, assembled, numbers, self._clock() - began))
+        self._reports.append(self._report(batch, assembled, numbers, self._clock() - began))
         if self._on_step is not None:
             await self._on_step(self._reports[-1])
 
-    async def _take(self) -> tuple[list[Group], Assembled] | None:
+    async def _take(self) -> tuple[Batch, Assembled] | None:
         """The batch of this step, shaped and filtered; None when `stop` was called first."""
         self._enter("waiting")
         self._judged.clear()
@@ -231,34 +239,57 @@ class Learner:
             if taken is None:
                 continue
             self._enter("computing")
-            groups, rewards, out = await self._in_thread(partial(self._judge, taken))
+            batch = await self._in_thread(partial(self._judge, taken))
+            out = {each.group.id: each.rule for each in batch.groups if each.rule}
             if not out:
-                return groups, await self._in_thread(partial(self._assemble, taken, groups, rewards))
+                return batch, await self._in_thread(partial(self._assemble, batch))
+            self._refuse_to_filter_all(len(batch.groups), batch.filtered)
             await self._ask("filtered", partial(self._queue.filtered, step=step, epoch=self._epoch, groups=out))
             self._enter("waiting")
         return None
 
-    def _judge(self, taken: Taken) -> tuple[list[Group], list[Floats], dict[GroupId, str]]:
-        """Groups, their rewards, and which of them are filtered by what rule. Each is shaped once, in this order."""
+    def _judge(self, taken: Taken) -> Batch:
+        """The groups, shaped. Each is shaped once, in this order, so that methods with memory see it once."""
         groups = schema.decode(taken.pack)
-        for group, verdict in zip(groups, taken.verdicts, strict=True):
-            if group.id not in self._judged:
-                reward_G = reward_of(group, verdict, shape=self._shape)
-                rule = self._keep(group, reward_G) if self._keep is not None else ""
-                self._judged[group.id] = reward_G, rule
-        rewards = [self._judged[group.id][0] for group in groups]
-        return groups, rewards, {g.id: self._judged[g.id][1] for g in groups if self._judged[g.id][1]}
+        found = zip(groups, taken.verdicts, taken.lag, strict=True)
+        fresh = [Judged.of(*each) for each in found if each[0].id not in self._judged]
+        asked = self._shaping.words | self.objective.asks_of_groups
+        words = (asked | (self.objective.scores_before if self._updates.per_batch > 1 else frozenset())) & SCORED
+        for each in prepass.score(self.policy, fresh, words, token_budget=self._config.token_budget):
+            self._judged[each.group.id] = each.shaped(
+                self._shaping, step=self._step, max_tokens=self._max_tokens, decode=partial(texts_of, self._tokenizer)
+            )
+        filtered = Counter(each.rule for each in self._judged.values() if each.rule)
+        return Batch(taken, tuple(self._judged[group.id] for group in groups), dict(filtered))
 
-    def _assemble(self, taken: Taken, groups: Sequence[Group], rewards: Sequence[Floats]) -> Assembled:
+    def _refuse_to_filter_all(self, size: int, filtered: Mapping[str, int]) -> None:
+        if sum(filtered.values()) <= self._config.max_filtered * size:
+            return
+        raise TrainingError(
+            f"step {self._step}: {sum(filtered.values())} groups were filtered and its batch of {size} is not full"
+            f" (max_filtered = {self._config.max_filtered} batches): {dict(filtered)}. Loosen these filters, give"
+            " prompts that the model answers rightly now and then, or raise learner.max_filtered"
+        )
+
+    def _assemble(self, batch: Batch) -> Assembled:
         return assemble(
-            groups,
-            taken.verdicts,
-            taken.lag,
-            rewards,
+            batch.groups,
             self.objective,
             token_budget=self._config.token_budget,
-            mask_above=self._max_lag if taken.masked else None,
+            mask_above=self._max_lag if batch.taken.masked else None,
+            updates=self._updates,
+            step=self._step,
+            seed=self._config.seed,
         )
+
+    def _learn(self, assembled: Assembled, *, name: Callable[[Sequence[int]], str]) -> StepNumbers:
+        """All optimiser steps of the batch; then the reference follows."""
+        numbers = make_steps(
+            self.policy, self.objective, self._optimiser, assembled.updates, passes=self._updates.epochs, name=name
+        )
+        if self.policy.reference is not None and (share := self.objective.reference_share(self._step + 1)):
+            move(self.policy.reference, self.policy, share)
+        return numbers
 
     async def _publish(self) -> None:
         self._enter("publishing")
@@ -296,13 +327,14 @@ class Learner:
         return checkpoint.save(
             self._directory,
             state,
-            model=self.policy.model,
+            policy=self.policy,
             tokenizer=self._tokenizer,
             optimiser=self._optimiser,
         )
 
-    def _report(self, groups: Sequence[Group], assembled: Assembled, numbers: StepNumbers, step_s: float) -> StepReport:
+    def _report(self, batch: Batch, assembled: Assembled, numbers: StepNumbers, step_s: float) -> StepReport:
         spent = self._spent
+        groups = [each.group for each in batch.groups]
         return StepReport(
             step=self._step,
             version=self._version,
@@ -316,6 +348,7 @@ class Learner:
             masked_tokens=assembled.masked_tokens,
             invalid_rollouts=assembled.invalid,
             skipped_groups=assembled.skipped_groups,
+            filtered=batch.filtered,
             rows=assembled.rows,
             unpacked_rows=assembled.unpacked_rows,
             padding_share=assembled.padding_share,
@@ -325,6 +358,15 @@ class Learner:
             checkpoint_s=spent["committing"],
             other_s=step_s - sum(spent.values()),
             step_s=step_s,
+            samples=pick(
+                groups,
+                batch.taken.verdicts,
+                [each.reward_G for each in batch.groups],
+                batch.taken.lag,
+                step=self._step,
+                limit=self._config.samples_per_step,
+                advantages=assembled.advantages,
+            ),
         )
 
     def _enter(self, phase: str) -> None:

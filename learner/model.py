@@ -5,7 +5,7 @@ matrix products run in `compute_dtype`. Dropout is off: engines sample without i
 """
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from transformers import (
 from transformers.utils import logging
 
 from millrace.core.errors import ModelError, TrainingError, boundary
+from millrace.core.one_at_a_time import MODEL_LOADING
 from millrace.learner import table_model
 from millrace.learner.assemble import Microbatch, Sample, pack
 from millrace.learner.attention import KEYWORD, NAME, Plan, Spans
 from millrace.learner.logprobs import Head, logprobs_of_logits, token_logprobs
+from millrace.learner.lora import Adapters, AdaptersOff
 
 # Nats between packed and plain log-probabilities in float32: rounding stays far below, a leak lies far above.
 TOLERANCE = 1e-3
@@ -102,7 +104,7 @@ def load_model(name: str, *, device: torch.device | None = None) -> PreTrainedMo
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if leaking := sorted(layers & _LEAKING_LAYERS):
         raise _unsupported(config.model_type, f"its layers of type {', '.join(leaking)} run along the packed row")
-    with boundary(f"loading model {name} (type '{config.model_type}')", ModelError):
+    with boundary(f"loading model {name} (type '{config.model_type}')", ModelError), MODEL_LOADING:
         model, report = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, attn_implementation=NAME, output_loading_info=True
         )
@@ -246,7 +248,9 @@ class Policy:
 
     Args:
         model: from `load_model`.
-        reference: likewise, frozen; gives `reference_logprob_N`.
+        reference: likewise, frozen; gives `reference_logprob_N`. Or the model itself without its adapters.
+        reference_moves: it follows the policy, so that checkpoints keep it.
+        adapters: of the model, when they alone are trained.
         temperature: of sampling; every log-probability is of the distribution that sampled.
         compute_dtype: of matrix products.
     """
@@ -255,12 +259,16 @@ class Policy:
         self,
         model: PreTrainedModel,
         *,
-        reference: PreTrainedModel | None = None,
+        reference: PreTrainedModel | AdaptersOff | None = None,
+        reference_moves: bool = False,
+        adapters: Adapters | None = None,
         temperature: float = 1.0,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
-        self.reference = None if reference is None else reference.requires_grad_(False)
+        self.reference = reference.requires_grad_(False) if isinstance(reference, PreTrainedModel) else reference
+        self.moving_reference = None if not reference_moves or isinstance(reference, AdaptersOff) else reference
+        self.adapters = adapters
         self.temperature = temperature
         self.compute_dtype = compute_dtype
         self.device = model.device
@@ -273,36 +281,66 @@ class Policy:
         """Which models beside the policy there are, for `Objective.of`."""
         return frozenset() if self.reference is None else frozenset({"reference"})
 
+    def weights(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Every weight by the name that it has in the model's files, adapters merged."""
+        return self.model.named_parameters() if self.adapters is None else self.adapters.whole()
+
     def words(self, micro: Microbatch, needs: Collection[str] = ()) -> dict[str, Any]:
         """What an objective is called with: `logprob_N` with its gradient, the batch's own words, and `needs`.
 
         Raises:
             TrainingError: a sequence is longer than the model's context.
         """
+        inputs = self._inputs(micro)
+        have: dict[str, Any] = {
+            "advantage_N": _tensor(micro.advantage_N, self.device),
+            "weight_N": _tensor(micro.weight_N, self.device),
+            "staleness_N": _tensor(micro.staleness_N, self.device),
+            "sequences": micro.sequences,
+            "reward_S": _tensor(micro.reward_S, self.device),
+            "group_S": micro.group_S,
+            "step": micro.step,
+        }
+        if micro.behaviour_logprob_N is not None:
+            have["behaviour_logprob_N"] = _tensor(micro.behaviour_logprob_N, self.device)
+        have["logprob_N"], have["entropy_N"] = self._score(self.model, inputs)
+        # Where nothing else is known, this is the first optimiser step on the batch: the policy before it is this one.
+        have["proximal_logprob_N"] = have["logprob_N"].detach()
+        have |= {word: _tensor(value_N, self.device) for word, value_N in micro.scored.items()}
+        if self.reference is not None and "reference_logprob_N" in needs and "reference_logprob_N" not in have:
+            with torch.no_grad():
+                have["reference_logprob_N"], _ = self._score(self.reference, inputs)
+        return have
+
+    def scores(self, micro: Microbatch, words: Collection[str]) -> dict[str, np.ndarray]:
+        """The words of core/words.py SCORED for a micro-batch, float32, without gradient.
+
+        Raises:
+            TrainingError: a sequence is longer than the model's context.
+        """
+        inputs = self._inputs(micro)
+        models = {"proximal_logprob_N": self.model, "reference_logprob_N": self.reference}
+        found = {}
+        with torch.no_grad():
+            for word in words:
+                model = models[word]
+                assert model is not None, f"{word} needs a reference model"
+                found[word] = self._score(model, inputs)[0].float().cpu().numpy()
+        return found
+
+    def _inputs(self, micro: Microbatch) -> Inputs:
         longest = int(micro.position_C.max()) + 1
         if self.context is not None and longest > self.context:
             raise TrainingError(
                 f"a sequence of {longest} tokens ({', '.join(map(str, micro.groups[:3]))}) exceeds the model's context"
                 f" of {self.context}; lower max_tokens or leave out longer prompts"
             )
-        inputs = Inputs.of(micro, self.device)
-        have: dict[str, Any] = {
-            "advantage_N": _tensor(micro.advantage_N, self.device),
-            "weight_N": _tensor(micro.weight_N, self.device),
-            "staleness_N": _tensor(micro.staleness_N, self.device),
-            "sequences": micro.sequences,
-        }
-        if micro.behaviour_logprob_N is not None:
-            have["behaviour_logprob_N"] = _tensor(micro.behaviour_logprob_N, self.device)
-        have["logprob_N"], have["entropy_N"] = self._score(self.model, inputs)
-        # One optimiser step per batch: the policy before it is the policy of this pass.
-        have["proximal_logprob_N"] = have["logprob_N"].detach()
-        if self.reference is not None and "reference_logprob_N" in needs:
-            with torch.no_grad():
-                have["reference_logprob_N"], _ = self._score(self.reference, inputs)
-        return have
+        return Inputs.of(micro, self.device)
 
-    def _score(self, model: PreTrainedModel, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score(self, model: PreTrainedModel | AdaptersOff, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(model, AdaptersOff):
+            with model.adapters.off():
+                return self._score(self.model, inputs)
         reduced = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=reduced):
             return logprobs(model, inputs, temperature=self.temperature)

@@ -2,8 +2,8 @@
 
     loss = sum_N weight_N * (product of corrections x surrogate(ratio, advantage) + sum of penalties)
 
-weight_N is the aggregation's, made once for the whole batch, so that the losses of its micro-batches add up to
-the batch's, however it is cut.
+weight_N is the aggregation's, made once for the batch of an optimiser step, so that the losses of its micro-batches
+add up to the batch's, however it is cut.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,39 +18,24 @@ from millrace.core.catalogue import Method
 from millrace.core.errors import ConfigError, RecipeError, TrainingError, boundary
 from millrace.core.recipe import ObjectiveConfig
 from millrace.core.references import is_reference
-from millrace.core.types import Floats, Ints
+from millrace.core.types import Bools, Floats, Ints
+from millrace.learner.metrics import Mean, clipped, means, off_policy
 from millrace.learner.sequences import Sequences
 
 FOLDERS = {
     "objective": "millrace.learner.objectives",
+    "selection": "millrace.learner.selections",
     "advantage": "millrace.learner.advantages",
+    "normaliser": "millrace.learner.normalisers",
+    "proximal": "millrace.learner.proximals",
     "ratio": "millrace.learner.ratios",
     "surrogate": "millrace.learner.surrogates",
     "correction": "millrace.learner.corrections",
     "penalty": "millrace.learner.penalties",
     "aggregation": "millrace.learner.aggregations",
+    "reference": "millrace.learner.references",
 }
-LARGEST_LOG_WEIGHT = 20.0  # of an importance weight in the metrics, nats: their squares stay finite in float32
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A weighted mean that can be merged.
-
-    >>> (Mean(1.0, 1.0) + Mean(6.0, 2.0)).value
-    2.3333333333333335
-    """
-
-    total: float
-    weight: float
-
-    def __add__(self, other: "Mean") -> "Mean":
-        return Mean(self.total + other.total, self.weight + other.weight)
-
-    @property
-    def value(self) -> float:
-        """total / weight; 0 where nothing was weighed."""
-        return self.total / self.weight if self.weight else 0.0
+OPTIONAL = ("selection", "normaliser", "proximal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +51,16 @@ class Objective:
     """A loss, composed of a recipe's methods. Make one with `Objective.of`."""
 
     loss: Method | None  # a whole loss; the policy gradient's slots are then empty
+    selection: Method | None  # None: every rollout of a group is learnt from
     advantage: Method | None
+    normaliser: Method | None
+    proximal: Method | None  # None: computed
     ratio: Method | None
     surrogate: Method | None
     corrections: tuple[Method, ...]
     penalties: tuple[Method, ...]
     aggregation: Method
+    reference: Method
     zero_advantage_is_zero_loss: bool  # skipping a group whose advantages are all 0 changes no gradient
 
     @classmethod
@@ -88,20 +77,25 @@ class Objective:
         config = recipe if isinstance(recipe, ObjectiveConfig) else _parsed(recipe)
         policy_gradient = config.loss is None
         slots = {slot: _method(slot, getattr(config, slot)) for slot in ("advantage", "ratio", "surrogate")}
+        given = {slot: _method(slot, spec) for slot in OPTIONAL if (spec := getattr(config, slot)) is not None}
         surrogate_name, _ = catalogue.split(config.surrogate, slot="surrogate")
         objective = cls(
             loss=None if config.loss is None else _method("objective", config.loss),
+            selection=given.get("selection"),
             advantage=slots["advantage"] if policy_gradient else None,
+            normaliser=given.get("normaliser"),
+            proximal=given.get("proximal"),
             ratio=slots["ratio"] if policy_gradient else None,
             surrogate=slots["surrogate"] if policy_gradient else None,
             corrections=tuple(_method("correction", spec) for spec in config.corrections),
             penalties=tuple(_method("penalty", spec) for spec in config.penalties),
             aggregation=_method("aggregation", config.aggregation),
+            reference=_method("reference", config.reference),
             # Every surrogate of the catalogue is 0, with gradient 0, at advantage 0; of a private one nobody knows.
             zero_advantage_is_zero_loss=policy_gradient and not config.penalties and not is_reference(surrogate_name),
         )
         for word, model in words.NEEDS_MODEL.items():
-            if word in objective.asks and model not in models:
+            if word in objective.asks | objective.asks_of_groups and model not in models:
                 raise RecipeError(
                     f'this recipe\'s objective asks for {word}: give the run a {model} model, {model} = "path"'
                 )
@@ -115,48 +109,118 @@ class Objective:
     @property
     def asks(self) -> frozenset[str]:
         """Every token word that some method of it asks for."""
-        per_token = [m for slot, m in self._methods() if slot not in ("advantage", "aggregation")]
+        others = ("selection", "advantage", "normaliser", "aggregation", "reference")
+        per_token = [m for slot, m in self._methods() if slot not in others]
         return frozenset[str]().union(*(method.words for method in per_token))
 
     @property
+    def asks_of_groups(self) -> frozenset[str]:
+        """Every word of a group that its selection or advantage asks for."""
+        return frozenset[str]().union(*(m.words for m in (self.selection, self.advantage) if m is not None))
+
+    @property
     def needs(self) -> frozenset[str]:
-        """The words that a forward pass must supply. The proximal policy is the policy's own, detached."""
-        asks = self.asks | ({"logprob_N"} if "proximal_logprob_N" in self.asks else frozenset())
-        return asks & words.FROM_MODEL
+        """The words that the forward pass of an optimiser step must supply."""
+        return self.asks & words.FROM_MODEL
+
+    @property
+    def scores_before(self) -> frozenset[str]:
+        """The words that a forward pass before the first of several optimiser steps on a batch must supply."""
+        computed = self.asks & words.SCORED
+        return computed - {"proximal_logprob_N"} if self.proximal is not None else computed
+
+    @property
+    def keeps_groups_whole(self) -> bool:
+        """Whether a micro-batch must hold all rollouts of a group or none."""
+        return "group_S" in self.asks
 
     @property
     def learns_from_rewards(self) -> bool:
-        """Whether it asks for advantages; a supervised loss does not."""
-        return self.advantage is not None
+        """Whether it needs judged groups; a supervised loss does not."""
+        return self.advantage is not None or self.selection is not None or "reward_S" in self.asks
 
-    def advantages(self, have: Mapping[str, Any]) -> Floats:
-        """The advantages of one group.
+    def keep(self, have: Mapping[str, Any]) -> Bools:
+        """Which rollouts of a group are learnt from.
 
         Args:
-            have: `reward_G`, `length_G`, ... of its validly judged members; none gives none.
+            have: the GROUP words of its validly judged members that `asks_of_groups` names.
         Returns:
-            advantage_G, float32.
+            keep_G.
+
+        Raises:
+            TrainingError: the selection fails, or returns anything but one truth value per rollout.
+        """
+        size = len(have["reward_G"])
+        if self.selection is None or size == 0:
+            return np.ones(size, np.bool_)
+        with boundary(self.selection.name, TrainingError):
+            keep_G = np.asarray(self.selection.call(have))
+        if keep_G.shape != (size,) or keep_G.dtype != np.bool_:
+            raise TrainingError(
+                f"{self.selection.name} returned {keep_G.tolist()}: it must return {size} truth values, one per rollout"
+            )
+        return keep_G
+
+    def advantages(self, have: Mapping[str, Any]) -> Floats:
+        """The advantages of one group; 0 for a whole loss, which has none.
+
+        Args:
+            have: the GROUP words of its validly judged members that `asks_of_groups` names.
+        Returns:
+            advantage_N, float32, of all response tokens of the group, end to end.
 
         Raises:
             TrainingError: the estimator fails, or returns another shape or what is not finite.
         """
-        size = len(have["reward_G"])
-        if self.advantage is None:
-            raise RecipeError("a supervised objective has no advantages: its data is not judged")
-        if size == 0:
-            return np.empty(0, np.float32)
+        sequences: Sequences = have["sequences"]
+        if self.advantage is None or len(sequences) == 0:
+            return np.zeros(sequences.total, np.float32)
         with boundary(self.advantage.name, TrainingError):
-            advantage_G = np.asarray(self.advantage.call(have), np.float32)
-        if advantage_G.shape != (size,) or not np.isfinite(advantage_G).all():
+            advantage = np.asarray(self.advantage.call(have), np.float32)
+        if advantage.shape not in ((len(sequences),), (sequences.total,)) or not np.isfinite(advantage).all():
             rewards = np.asarray(have["reward_G"]).tolist()
             raise TrainingError(
-                f"{self.advantage.name} made {advantage_G.tolist()} of the rewards {rewards}: it must return {size}"
-                " finite numbers"
+                f"{self.advantage.name} made {_short(advantage)} of the rewards {rewards}: it must return"
+                f" {len(sequences)} finite numbers, one per rollout, or {sequences.total}, one per token"
             )
-        return advantage_G
+        return advantage if len(advantage) == sequences.total else sequences.spread(advantage)
+
+    def normalised(self, advantage_N: Floats, sequences: Sequences, *, group_S: Ints) -> Floats:
+        """The advantages of a whole batch on the recipe's scale.
+
+        Args:
+            advantage_N: of its loss tokens.
+            sequences, group_S: of the batch.
+
+        Raises:
+            TrainingError: the normaliser fails, or returns another shape or what is not finite.
+        """
+        if self.normaliser is None or not len(advantage_N):
+            return advantage_N
+        have = {"advantage_N": advantage_N, "sequences": sequences, "group_S": group_S}
+        with boundary(self.normaliser.name, TrainingError):
+            scaled_N = np.asarray(self.normaliser.call(have), np.float32)
+        if scaled_N.shape != advantage_N.shape or not np.isfinite(scaled_N).all():
+            raise TrainingError(
+                f"{self.normaliser.name} must return {len(advantage_N)} finite numbers, got {_short(scaled_N)}"
+            )
+        return scaled_N
+
+    def reference_share(self, step: int) -> float:
+        """How far the reference moves towards the policy after optimiser step `step`, counted from 1."""
+        with boundary(self.reference.name, TrainingError):
+            share = float(self.reference.call({"step": step}))
+        if not 0 <= share <= 1:
+            raise TrainingError(f"{self.reference.name} returned {share} at step {step}: a share lies in [0, 1]")
+        return share
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference ever leaves the model it began as."""
+        return self.reference.name != "references.frozen"
 
     def token_weights(self, sequences: Sequences, *, group_S: Ints) -> Floats:
-        """The weight of every loss token, for the WHOLE batch: skipped groups and all micro-batches included.
+        """The weight of every loss token of an optimiser step, skipped groups and all micro-batches included.
 
         Args:
             sequences: of the batch.
@@ -183,6 +247,9 @@ class Objective:
         """
         logprob_N: torch.Tensor = have["logprob_N"]
         have = {"proximal_logprob_N": logprob_N.detach(), **have}
+        measured = off_policy(have)  # by the computed policy, whatever the recipe takes in its place
+        if self.proximal is not None:
+            have["proximal_logprob_N"] = _tokens(self.proximal, {**have, "logprob_N": logprob_N.detach()}).detach()
         parts: dict[str, torch.Tensor] = {}
         if self.loss is not None:
             loss_N = _tokens(self.loss, have)
@@ -190,17 +257,17 @@ class Objective:
             assert self.ratio is not None and self.surrogate is not None
             have["ratio_N"] = parts["ratio"] = _tokens(self.ratio, have)
             loss_N = _tokens(self.surrogate, have)
-            parts.update(_clipped(loss_N, have["ratio_N"], have["advantage_N"]))
+            parts.update(clipped(loss_N, have["ratio_N"], have["advantage_N"]))
         for correction in self.corrections:
             parts[correction.name] = _tokens(correction, have)
             loss_N = loss_N * parts[correction.name]
         for penalty in self.penalties:
             parts[penalty.name] = _tokens(penalty, have)
             loss_N = loss_N + parts[penalty.name]
-        parts.update(_off_policy(have))
+        parts.update(measured)
         if self.loss is not None:
             parts[self.loss.name] = loss_N
-        return Loss((have["weight_N"] * loss_N).sum(), _metrics(parts))
+        return Loss((have["weight_N"] * loss_N).sum(), means(parts))
 
     def memory(self) -> dict[str, dict[str, Any]]:
         """What its methods remember, by slot, for the checkpoint."""
@@ -219,20 +286,30 @@ class Objective:
     def __str__(self) -> str:
         """The formula, with its numbers."""
         if self.loss is not None:
-            inner = _shown(self.loss)
+            inner = " x ".join(map(_shown, (*self.corrections, self.loss)))
         else:
             assert self.surrogate is not None and self.ratio is not None and self.advantage is not None
             factors = [*map(_shown, self.corrections), _shown(self.surrogate)]
-            inner = f"{' x '.join(factors)} of {_shown(self.ratio)} and {_shown(self.advantage)}"
-        return f"{_shown(self.aggregation)} of [{' + '.join([inner, *map(_shown, self.penalties)])}]"
+            scale = "" if self.normaliser is None else f"{_shown(self.normaliser)} of "
+            inner = f"{' x '.join(factors)} of {_shown(self.ratio)} and {scale}{_shown(self.advantage)}"
+        text = f"{_shown(self.aggregation)} of [{' + '.join([inner, *map(_shown, self.penalties)])}]"
+        more = {"selection": self.selection, "proximal": self.proximal}
+        if self.moves_reference:
+            more["reference"] = self.reference
+        return "; ".join([text, *(f"{slot} {_shown(method)}" for slot, method in more.items() if method is not None)])
 
     def _methods(self) -> Iterator[tuple[str, Method]]:
-        for slot in ("loss", "advantage", "ratio", "surrogate", "aggregation"):
+        singles = ("loss", "selection", "advantage", "normaliser", "proximal", "ratio", "surrogate", "aggregation")
+        for slot in (*singles, "reference"):
             method = getattr(self, slot)
             if method is not None:
                 yield slot, method
         for slot in ("corrections", "penalties"):
             yield from ((f"{slot}.{place}", method) for place, method in enumerate(getattr(self, slot)))
+
+
+def _short(values: np.ndarray) -> str:
+    return f"shape {list(values.shape)}" if values.size > 16 else f"{values.tolist()}"
 
 
 def _parsed(recipe: Mapping[str, Any]) -> ObjectiveConfig:
@@ -259,47 +336,6 @@ def _tokens(method: Method, have: Mapping[str, Any]) -> torch.Tensor:
         got = f"shape {list(x_N.shape)}" if isinstance(x_N, torch.Tensor) else type(x_N).__name__
         raise TrainingError(f"{method.name} must return one number per token, shape {list(shape)}, got {got}")
     return x_N
-
-
-def _clipped(loss_N: torch.Tensor, ratio_N: torch.Tensor, advantage_N: torch.Tensor) -> dict[str, torch.Tensor]:
-    """1 where a token has an advantage (`moved`) but no gradient through its ratio (`clipped`).
-
-    Empty where nothing can be said: without gradients, and for a surrogate that does not differentiate the ratio.
-    """
-    if not (ratio_N.requires_grad and loss_N.requires_grad):
-        return {}
-    (slope_N,) = torch.autograd.grad(loss_N.sum(), ratio_N, retain_graph=True, allow_unused=True)
-    if slope_N is None:
-        return {}
-    moved_N = (advantage_N != 0).to(ratio_N.dtype)
-    return {"clipped": moved_N * (slope_N == 0), "moved": moved_N}
-
-
-def _off_policy(have: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """How far the policy as the step began is from the one that sampled."""
-    parts = {"entropy": have["entropy_N"]} if "entropy_N" in have else {}
-    if "behaviour_logprob_N" not in have:
-        return parts
-    with torch.no_grad():
-        log_weight_N = have["proximal_logprob_N"] - have["behaviour_logprob_N"]
-        log_weight_N = log_weight_N.clamp(-LARGEST_LOG_WEIGHT, LARGEST_LOG_WEIGHT)
-        weight_N = log_weight_N.exp()
-        parts["importance"] = weight_N
-        parts["importance_squared"] = weight_N.square()  # effective sample size: mean(w)^2 / mean(w^2)
-        parts["behaviour_kl"] = weight_N - 1 - log_weight_N  # k3 estimate of KL(behaviour || proximal), nats
-    return parts
-
-
-def _metrics(parts: Mapping[str, torch.Tensor]) -> dict[str, Mean]:
-    """Means over tokens, with one transfer from the device for all."""
-    if not parts:
-        return {}
-    tokens = len(next(iter(parts.values())))
-    with torch.no_grad():
-        totals = torch.stack([x_N.sum(dtype=torch.float64) for x_N in parts.values()]).tolist()
-    sums = dict(zip(parts, totals, strict=True))
-    moved = sums.pop("moved", 0.0)
-    return {name: Mean(total, moved if name == "clipped" else float(tokens)) for name, total in sums.items()}
 
 
 def _shown(method: Method) -> str:

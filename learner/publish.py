@@ -1,13 +1,15 @@
-"""Versioned weights out: one flat buffer, reused, with a manifest that lets every receiver prove what it holds."""
+"""Versioned weights out: one flat buffer, reused, with a manifest that lets every receiver prove what it holds.
 
-from collections.abc import Sequence
+Where adapters are trained, they alone are published, in float32; receivers merge them with the base model's files.
+"""
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
-from millrace.core.protocols import Manifest, Probe
+from millrace.core.protocols import Adapter, Manifest, Probe
 from millrace.core.types import Ints
 from millrace.core.weights import buffer_bytes, digest_of, layout
 from millrace.learner.config import PublishedDtype
@@ -36,11 +38,11 @@ def probe_sequences(vocabulary: int, context: int | None) -> list[Ints]:
 
 
 class Publisher:
-    """Packs the policy's parameters; the buffer is allocated once.
+    """Packs the policy's parameters, or its adapters; the buffer is allocated once.
 
     Args:
         policy: whose model is published.
-        dtype: of the buffer; what the engines compute in.
+        dtype: of the weights in the engines, which compute in it.
         probe_every: the first version carries probes, and then each so-many-th.
     """
 
@@ -49,19 +51,21 @@ class Publisher:
         self._dtype: PublishedDtype = dtype
         self._probe_every = probe_every
         self._published = 0
-        named = _named(policy.model)
-        self.tensors = layout((name, dtype, tuple(parameter.shape)) for name, parameter in named)
+        adapters = policy.adapters
+        self._adapter = Adapter(base=adapters.base, scale=adapters.scale, dtype=dtype) if adapters else None
+        stored = "float32" if adapters else dtype
+        self.tensors = layout((name, stored, tuple(tensor.shape)) for name, tensor in _named(policy))
         self._buffer = torch.zeros(buffer_bytes(self.tensors), dtype=torch.uint8, pin_memory=_pinned(policy.device))
         self._views = [
-            self._buffer[t.offset : t.offset + t.size].view(getattr(torch, dtype)).view(t.shape) for t in self.tensors
+            self._buffer[t.offset : t.offset + t.size].view(getattr(torch, stored)).view(t.shape) for t in self.tensors
         ]
         self._probes = probe_sequences(policy.vocabulary, policy.context)
 
     def pack(self, *, version: int, step: int, epoch: int) -> tuple[Manifest, NDArray[np.uint8]]:
         """The manifest and the buffer of the weights as they are. The buffer is overwritten by the next call."""
         with torch.no_grad():
-            for view, (_, parameter) in zip(self._views, _named(self._policy.model), strict=True):
-                view.copy_(parameter, non_blocking=True)
+            for view, (_, tensor) in zip(self._views, _named(self._policy), strict=True):
+                view.copy_(tensor, non_blocking=True)
         if self._policy.device.type == "cuda":
             torch.cuda.synchronize(self._policy.device)
         buffer = self._buffer.numpy()
@@ -76,6 +80,7 @@ class Publisher:
             digest=digest_of(buffer),
             probes=probes,
             tolerance=self._tolerance(probes),
+            adapter=self._adapter,
         )
         return manifest, buffer
 
@@ -91,9 +96,9 @@ class Publisher:
         return tuple(Probe(tokens_T=tokens, logprob_T=self._policy.score(tokens)) for tokens in sequences)
 
 
-def _named(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """Ties once, as `named_parameters` lists them."""
-    return list(model.named_parameters())
+def _named(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is trained: adapters, or parameters as `named_parameters` lists them, ties once."""
+    return policy.adapters.factors() if policy.adapters else policy.model.named_parameters()
 
 
 def _pinned(device: torch.device) -> bool:

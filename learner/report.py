@@ -1,7 +1,9 @@
 """What the learner tells the outside: a report per step, and its status at any time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from millrace.learner.samples import SampledRollout
 from millrace.learner.step import StepNumbers
 
 
@@ -21,6 +23,7 @@ class StepReport:
     masked_tokens: int
     invalid_rollouts: int
     skipped_groups: int
+    filtered: Mapping[str, int]  # groups that shapers and filters left out of it, by rule
     rows: int
     unpacked_rows: int  # the same if every response carried its own prompt
     padding_share: float  # of the rows that attention works on
@@ -30,6 +33,7 @@ class StepReport:
     checkpoint_s: float
     other_s: float
     step_s: float
+    samples: tuple[SampledRollout, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

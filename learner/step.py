@@ -9,8 +9,9 @@ import torch
 from millrace.core.errors import TrainingError
 from millrace.core.types import Floats, Ints
 from millrace.learner.assemble import Microbatch
+from millrace.learner.metrics import Mean
 from millrace.learner.model import Policy
-from millrace.learner.objective import Mean, Objective
+from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
 
 # Importance weights outside this range count as clipped: the range of PPO and GRPO.
@@ -56,6 +57,67 @@ def make_step(
     Raises:
         TrainingError: a loss or the gradient is not finite; the weights stay as they were.
     """
+    return make_steps(policy, objective, optimiser, [microbatches], passes=1, name=name)
+
+
+def make_steps(
+    policy: Policy,
+    objective: Objective,
+    optimiser: Optimiser,
+    updates: Sequence[Sequence[Microbatch]],
+    *,
+    passes: int,
+    name: Callable[[Sequence[int]], str],
+) -> StepNumbers:
+    """Several optimiser steps on one batch; their numbers are means, those by lag are of the first pass.
+
+    Args:
+        updates: the micro-batches of each step, pass after pass.
+        passes: how many; each sees the whole batch once.
+        name: as in `make_step`.
+    Raises:
+        TrainingError: a loss or a gradient is not finite; the step it belongs to is not made.
+    """
+    made = [_update(policy, objective, optimiser, microbatches, name) for microbatches in updates]
+    first = made[: len(updates) // passes]
+    metrics: dict[str, Mean] = {}
+    for one in made:
+        for key, mean in one.metrics.items():
+            metrics[key] = metrics[key] + mean if key in metrics else mean
+    gap_N = np.concatenate([np.empty(0, np.float32), *(one.gap_N for one in first)])
+    staleness_N = np.concatenate([np.empty(0, np.int32), *(one.staleness_N for one in first)])
+    tokens = sum(one.tokens for one in made)
+    return StepNumbers(
+        loss=float(np.mean([one.loss for one in made])),
+        gradient_norm=float(np.mean([one.gradient_norm for one in made])),
+        learning_rate=made[-1].learning_rate,
+        entropy=sum(one.entropy_sum for one in made) / tokens if tokens else 0.0,
+        metrics={key: mean.value for key, mean in metrics.items()},
+        by_lag=lag_numbers(gap_N, staleness_N),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
+    """What one optimiser step was like, in sums."""
+
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    entropy_sum: float
+    tokens: int
+    metrics: Mapping[str, Mean]
+    gap_N: Floats  # log of policy over behaviour probability, where the behaviour is known
+    staleness_N: Ints
+
+
+def _update(
+    policy: Policy,
+    objective: Objective,
+    optimiser: Optimiser,
+    microbatches: Sequence[Microbatch],
+    name: Callable[[Sequence[int]], str],
+) -> _Update:
     losses: list[torch.Tensor] = []
     gaps: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
@@ -81,18 +143,16 @@ def make_step(
     learning_rate = optimiser.learning_rate
     every = [group for micro in microbatches for group in micro.groups]
     norm = optimiser.step(where=lambda: name(every))
-    tokens = sum(len(micro.token_N) for micro in microbatches)
-    return StepNumbers(
+    behaved = [micro.staleness_N for micro in microbatches if micro.behaviour_logprob_N is not None]
+    return _Update(
         loss=float(values.sum()),
         gradient_norm=norm,
         learning_rate=learning_rate,
-        entropy=float(torch.stack(entropies).sum()) / tokens if tokens else 0.0,
-        metrics={key: mean.value for key, mean in metrics.items()},
-        by_lag=lag_numbers(
-            torch.cat(gaps).float().cpu().numpy(), np.concatenate([micro.staleness_N for micro in microbatches])
-        )
-        if gaps
-        else {},
+        entropy_sum=float(torch.stack(entropies).sum()) if entropies else 0.0,
+        tokens=sum(len(micro.token_N) for micro in microbatches),
+        metrics=metrics,
+        gap_N=torch.cat(gaps).float().cpu().numpy() if gaps else np.empty(0, np.float32),
+        staleness_N=np.concatenate([np.empty(0, np.int32), *behaved]),
     )
 
 

@@ -17,7 +17,8 @@ from millrace.core.types import Prompt
 from millrace.learner.assemble import Sample, pack, split, weigh
 from millrace.learner.checkpoint import save_model
 from millrace.learner.config import SupervisedConfig
-from millrace.learner.model import Policy, device_of, load_model, load_tokenizer
+from millrace.learner.loading import load_policy
+from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
 from millrace.learner.step import StepNumbers, make_step
@@ -69,9 +70,7 @@ def train_supervised(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(model)
-    policy = Policy(
-        load_model(model, device=device_of(config.device)), compute_dtype=getattr(torch, config.compute_dtype)
-    )
+    policy = load_policy(model, config)
     samples = _samples(rows, tokenizer, policy.context)
     optimiser = Optimiser(policy.model.named_parameters(), config)
     losses: list[float] = []
@@ -85,7 +84,7 @@ def train_supervised(
         seen += len(batch)
         if on_step is not None and on_step(len(losses), numbers):
             break
-    save_model(Path(directory), policy.model, tokenizer)
+    save_model(Path(directory), policy, tokenizer)
     return SupervisedResult(
         directory=directory,
         steps=len(losses),

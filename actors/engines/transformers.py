@@ -20,6 +20,7 @@ from millrace.actors.engines.sampling import streams, uniform
 from millrace.actors.weights import check_digest, check_names, probe_gap
 from millrace.core.config import Config
 from millrace.core.errors import WeightsError
+from millrace.core.one_at_a_time import MODEL_LOADING
 from millrace.core.protocols import Proof, Sampling, WeightHandle
 from millrace.core.types import Floats, Ints, Rollout
 from millrace.core.weights import map_file
@@ -41,9 +42,10 @@ class TransformersCore:
 
     def __init__(self, directory: str, *, slots: int, dtype: str, options: TransformersOptions) -> None:
         self._device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=getattr(torch, dtype), attn_implementation=options.attention, local_files_only=True
-        )
+        with MODEL_LOADING:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=getattr(torch, dtype), attn_implementation=options.attention, local_files_only=True
+            )
         self._model: Any = model.to(self._device).eval().requires_grad_(False)
         self._slots = slots
         self._waiting: deque[Response] = deque()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.core.errors import ModelError, WeightsError, boundary
+from millrace.core.one_at_a_time import MODEL_LOADING
 from millrace.core.protocols import Engine, Manifest, Probe
 from millrace.core.types import Floats, Ints
 from millrace.core.weights import buffer_bytes, digest_of, layout, write
@@ -67,7 +68,7 @@ def load_reference(model: str, dtype: str) -> PreTrainedModel:
     Raises:
         ModelError: the directory holds no causal language model.
     """
-    with boundary(f"transformers: opening {model}", ModelError):
+    with boundary(f"transformers: opening {model}", ModelError), MODEL_LOADING:
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), local_files_only=True
         )

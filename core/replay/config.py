@@ -39,6 +39,14 @@ class QueueConfig(Config):
     """The order in which scored groups are taken: fifo, freshest or deadline. By default deadline under the rule
     `wait`, else fifo; max_lag = 0 takes in lease order and nothing else."""
 
+    reuse: int = Field(default=1, ge=1)
+    """Steps that may train one group. Each use is an entry of another step's batch, with a lag of its own.
+
+    Promised is the first use alone, and `stale` speaks of it alone. A further use is made when the one before it is
+    trained, within max_lag, or not at all: what the run's end or its age leaves unused was trained, not wasted, and a
+    group that a filter rejects is not used again. A lease reserves `reuse` places, so that the run draws about
+    steps * groups_per_step / reuse groups."""
+
     min_groups: int = Field(default=0, ge=0)
     """Scored groups before the first batch is taken."""
 
@@ -71,8 +79,17 @@ class QueueConfig(Config):
 
     @property
     def capacity(self) -> int:
-        """Groups that may be alive at once."""
+        """Places of batches that may be reserved at once: `reuse` of them for every group alive."""
         return limiter.capacity(groups_per_step=self.groups_per_step, max_lag=self.max_lag)
+
+    @property
+    def stagger(self) -> int:
+        """Places that reservations leave free, so that every use finds a step of its own.
+
+        Where groups_per_step / reuse groups are granted in each step, the last steps they may stand in fill up from
+        use to use: by j / reuse, j = 1 to reuse. What is then empty is groups_per_step * (reuse - 1) / 2.
+        """
+        return self.groups_per_step * (self.reuse - 1) // 2
 
     @property
     def order(self) -> str:
@@ -83,21 +100,36 @@ class QueueConfig(Config):
 
     @property
     def rate(self) -> limiter.RateLimiter:
-        """Every group is sampled once; what is ahead of the learner is bounded by capacity."""
-        return limiter.RateLimiter(min_size=self.min_groups, max_diff=float(self.capacity))
+        """Every group is sampled `reuse` times at most; what is ahead of the learner is bounded by capacity."""
+        return limiter.RateLimiter(
+            min_size=self.min_groups, max_diff=float(self.capacity), samples_per_insert=float(self.reuse)
+        )
+
+    @model_validator(mode="after")
+    def _refuse_uses_that_are_too_old(self) -> Self:
+        if self.reuse > self.max_lag + 1:
+            raise ValueError(
+                f"reuse = {self.reuse} with max_lag = {self.max_lag}: each use is in another step, so that the last "
+                f"one is at least {self.reuse - 1} updates old, and max_lag allows {self.max_lag}. "
+                f"Lower reuse to {self.max_lag + 1} or raise max_lag to {self.reuse - 1}, better to more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_what_deadlocks(self) -> Self:
-        if self.min_groups > self.capacity:
+        uses = f", reuse = {self.reuse}" if self.reuse > 1 else ""
+        most = max(self.groups_per_step, (self.capacity - self.stagger) // self.reuse)
+        if self.min_groups > most:
             raise ValueError(
-                f"min_groups = {self.min_groups} can never be reached: max_lag = {self.max_lag} and groups_per_step = "
-                f"{self.groups_per_step} admit {self.capacity} groups before the first step. "
-                f"Lower min_groups to {self.capacity} or raise max_lag"
+                f"min_groups = {self.min_groups} can never be reached: max_lag = {self.max_lag}{uses} and "
+                f"groups_per_step = {self.groups_per_step} admit {most} groups before the first step. "
+                f"Lower min_groups to {most} or raise max_lag"
             )
-        if self.min_groups > self.steps * self.groups_per_step:
+        each = min(self.reuse, self.steps)
+        if self.min_groups > -(-self.steps * self.groups_per_step // each):
             raise ValueError(
                 f"min_groups = {self.min_groups} is more than the run ever draws: steps = {self.steps} times "
-                f"groups_per_step = {self.groups_per_step}"
+                f"groups_per_step = {self.groups_per_step}" + (f", each used {each} times" if each > 1 else "")
             )
         if (self.stale == "requeue") != (self.requeues > 0):
             raise ValueError(

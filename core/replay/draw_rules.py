@@ -8,7 +8,7 @@ from millrace.core.protocols import Receipt, Role
 from millrace.core.replay.draws import State
 from millrace.core.replay.journal import Location
 from millrace.core.replay.transaction import Transaction, ids
-from millrace.core.replay.versions import admissible
+from millrace.core.replay.versions import admissible, possible
 from millrace.core.schema import GroupHeader
 from millrace.core.types import GroupId
 
@@ -66,23 +66,37 @@ class DrawRules(Transaction):
         """How many more groups an engine at `version` may be granted now."""
         if version < 0:
             return 0
-        return min(self._admissible(version), self._needed())
+        alive, uses = self.state.open, self._uses()
+        most = min(self._admissible(version, alive), self._needed(alive))
+        each = self._each(version)
+        reserved = self._admissible(version, uses + self.config.stagger) // each
+        return min(most, max(min(reserved, -(-self._needed(uses) // each)), self._short()))
 
-    def _admissible(self, version: int) -> int:
+    def _admissible(self, version: int, alive: int) -> int:
+        """Places that an engine may still fill in time, besides the `alive` ones and those taken."""
         lag = self.state.versions.lag(version, self.state.step)
-        ahead = self.state.open + self._placed(self.state.step + self.config.max_lag - lag)
+        ahead = alive + self._placed(self.state.step + self.config.max_lag - lag)
         return admissible(lag, ahead, per_step=self.config.groups_per_step, max_lag=self.config.max_lag)
 
-    def _placed(self, until: int) -> int:
-        """Places taken in the recorded batches of steps up to `until`: a redone step is refilled before later ones."""
-        per_step, step = self.config.groups_per_step, self.state.step
-        batches = (batch for k, batch in self.state.batches.items() if step <= k <= until)
-        return sum(min(per_step, len(batch.entries) - len(batch.filtered)) for batch in batches)
+    def _uses(self) -> int:
+        """Places that live groups may come to take: one for each open group, and as many more as there is time for."""
+        config, first = self.config, self.state.step
+        uses = self.state.further
+        for deadline, count in self.state.due.items():
+            last = min(deadline, config.steps - 1)
+            uses += count * max(1, possible(config.reuse, first=first, last=last))
+        return uses
 
-    def _needed(self) -> int:
-        """Groups that the steps to come can still use, beyond those alive."""
-        steps = self.config.steps
-        return self.config.groups_per_step * (steps - self.state.step) - self.state.open - self._placed(steps)
+    def _each(self, version: int) -> int:
+        """Uses that a draw granted now would have."""
+        config, step = self.config, self.state.step
+        last = min(self.state.versions.deadline(version, config.max_lag), config.steps - 1)
+        return max(1, possible(config.reuse, first=step, last=last))
+
+    def _short(self) -> int:
+        """Groups that the present batch lacks: no group stands in it twice, whatever uses are left."""
+        have = self._placed(self.state.step) + self.state.open + len(self.state.reusable)
+        return self.config.groups_per_step - have
 
     def why_idle(self, version: int, short: int) -> str:
         """Why `short` more groups were not granted, and what would change that."""
@@ -90,13 +104,14 @@ class DrawRules(Transaction):
         slots = f"{short * config.group_size} rollout slots stay idle"
         if version < 0:
             return f"{slots} until weights are loaded; the newest version is {state.versions.newest}"
-        if self._needed() <= self._admissible(version):
+        uses = self._uses()
+        if self._needed(uses) <= self._admissible(version, uses + config.stagger):
             return (
                 f"{slots}: step {state.step} of {config.steps}, and {state.live} live groups are "
                 f"all that the steps to come can use"
             )
         lag = state.versions.lag(version, state.step)
-        wider = config.max_lag - (-short // config.groups_per_step)
+        wider = config.max_lag - (-short * self._each(version) // config.groups_per_step)
         return (
             f"{slots}: at step {state.step}, version {version} (lag {lag}) and {state.live} live groups, "
             f"max_lag = {config.max_lag} and groups_per_step = {config.groups_per_step} admit no more "

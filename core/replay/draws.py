@@ -7,7 +7,7 @@ from millrace.core.replay.journal import Location
 
 
 class State(StrEnum):
-    """Every draw is in exactly one."""
+    """Every draw is in exactly one; from `in_step` on it is that of the group's first use."""
 
     WAITING = "waiting"  # for a generation worker
     LEASED = "leased"  # to one
@@ -47,7 +47,7 @@ class Draw:
     judge_expiries: int = 0
     shunned: str = ""  # the reward worker that failed on it
     shun_until: float = field(default=0.0, compare=False)
-    step: int = -1
+    steps: list[int] = field(default_factory=list)  # whose recorded batches hold it, one per use, ascending
     rule: str = ""  # that filtered it
 
     def begin(self, attempt: int, epoch: int, version: int) -> None:
@@ -55,7 +55,7 @@ class Draw:
         self.attempt, self.epoch, self.min_version = attempt, epoch, version
         self.tokens, self.runs, self.location, self.verdicts = 0, [], None, None
         self.judge_failures = self.judge_expiries = 0
-        self.shunned, self.step, self.rule = "", -1, ""
+        self.shunned, self.steps, self.rule = "", [], ""
 
 
 @dataclass(slots=True)
@@ -74,7 +74,7 @@ class Batch:
 
     entries: list[Entry] = field(default_factory=list)
     filtered: dict[int, str] = field(default_factory=dict)  # draw -> rule
-    trained: tuple[int, int] | None = None  # (trained, masked) tokens, once the optimiser step was made
+    trained: tuple[int, int, int] | None = None  # (trained, masked, reused) tokens, once the optimiser step was made
     version: int = -1  # reserved for the weights after it
 
     def accepted(self, per_step: int) -> list[Entry]:

@@ -2,6 +2,9 @@
 
 waiting -> leased -> generated -> judging -> scored -> in_step(k) -> trained(k) -> committed
     \\ (lease ended) -> waiting      \\ filtered(rule) | stale(rule) | dead
+
+With `reuse` a group whose uses are all trained may be taken into another step's batch; its state stays that of the
+first use.
 """
 
 from collections.abc import Mapping

@@ -215,6 +215,7 @@ class ReplayQueue:
             verdicts=[self._ledger.verdicts_of(entry.draw) for entry in entries],
             lag=[tuple(entry.lags) for entry in entries],
             masked=self._ledger.masks,
+            uses=[self._ledger.use(entry.draw, step) for entry in entries],
         )
 
     async def filtered(self, *, step: int, epoch: int, groups: Mapping[GroupId, str]) -> None:

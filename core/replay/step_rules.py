@@ -1,6 +1,7 @@
 """Rules of the learner's side: join, take, filtered, trained, announce, commit, revert."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 
 from millrace.core.errors import LedgerError
 from millrace.core.protocols import Feedback, Resumption
@@ -35,14 +36,25 @@ class StepRules(Transaction):
 
         Steps after the last commit are undone, since their batches may not be whole; a learner joins afterwards.
         """
-        state = self.state
+        state, commit = self.state, self.state.commits[-1].step
         lost = [
-            d for d in state.draws.values() if d.location and d.state is not State.COMMITTED and not holds(d.location)
+            draw
+            for draw in state.draws.values()
+            if draw.location and self._needs_payload(draw, commit) and not holds(draw.location)
         ]
         if lost:
             version = len(state.versions.steps)
-            self.do("rejoined", epoch=state.epoch + 1, step=state.commits[-1].step, version=version)
+            self.do("rejoined", epoch=state.epoch + 1, step=commit, version=version)
             self.do("lost", rows=[[draw.index, draw.attempt] for draw in lost])
+
+    def _needs_payload(self, draw: Draw, commit: int) -> bool:
+        """Some step from `commit` on may train it."""
+        over = draw.state in (State.COMMITTED, State.FILTERED)
+        return not over or draw.steps[-1] >= commit or draw.index in self.state.reusable
+
+    def use(self, draw: int, step: int) -> int:
+        """How many of its uses are in earlier steps."""
+        return self.state.draws[draw].steps.index(step)
 
     # -- batches
 
@@ -83,11 +95,12 @@ class StepRules(Transaction):
             self._evict_overfull()
         elif self.config.stale in ("drop", "requeue"):
             self._evict_old(step)
-        scored = len(self.state.scored)
+        candidates = self._candidates(step)
         inserts = self.state.inserts
-        if not self.config.rate.may_sample(inserts=inserts, samples=inserts - scored, want=room):
+        samples = inserts * self.config.reuse - len(candidates)
+        if not self.config.rate.may_sample(inserts=inserts, samples=samples, want=room):
             return False
-        chosen = self._in_lease_order(room) if self.config.max_lag == 0 else self._choose(step, room)
+        chosen = self._in_lease_order(room) if self.config.max_lag == 0 else self._choose(step, room, candidates)
         if chosen is None:
             return False
         self.do("took", step=step, rows=[self._row(self.state.draws[index], step) for index in chosen])
@@ -98,7 +111,18 @@ class StepRules(Transaction):
         first = sorted(index for index, draw in self.state.draws.items() if draw.state in OPEN)[:room]
         return first if all(index in self.state.scored for index in first) else None
 
-    def _choose(self, step: int, room: int) -> list[int] | None:
+    def _candidates(self, step: int) -> list[Candidate]:
+        """Scored groups and further uses, best first. Further uses leave a place for the first of every open group."""
+        state, max_lag = self.state, self.config.max_lag
+        found = [state.draws[index] for index in (*state.scored, *state.reusable)]
+        order: list[Candidate] = getattr(selectors, self.config.order)(
+            [Candidate(draw.index, draw.deadline, step + max_lag - draw.deadline, len(draw.steps)) for draw in found]
+        )
+        further = [c.draw for c in order if c.use and c.deadline >= step]
+        kept = {*state.scored, *further[: max(0, self._needed(state.open))]}
+        return [c for c in order if c.draw in kept]
+
+    def _choose(self, step: int, room: int, candidates: Sequence[Candidate]) -> list[int] | None:
         """By the selector; under the rule `wait` those that must go now go first, and are waited for."""
         state, musts = self.state, []
         if self.config.stale == "wait":
@@ -108,13 +132,8 @@ class StepRules(Transaction):
             if due is None:
                 return None
             musts = due
-        max_lag = self.config.max_lag
-        candidates = []
-        for index in state.scored:
-            deadline = state.draws[index].deadline
-            candidates.append(Candidate(index, deadline, step + max_lag - deadline))
-        order = getattr(selectors, self.config.order)(candidates)
-        return pick([c.draw for c in order], [c.deadline for c in order], musts, room)
+        deadlines = [inf if c.use else c.deadline for c in candidates]
+        return pick([c.draw for c in candidates], deadlines, musts, room)
 
     def _row(self, draw: Draw, step: int) -> list[object]:
         lag_of = {version: self.state.versions.lag(version, step) for version in self._versions(draw)}
@@ -194,9 +213,20 @@ class StepRules(Transaction):
                 "after filtering; take it again"
             )
         version = len(self.state.versions.steps)
-        tokens, masked = feedback.trained_tokens, feedback.masked_tokens
-        self.do("trained", step=step, epoch=epoch, version=version, tokens=tokens, masked=masked)
+        self.do("trained", step=step, epoch=epoch, version=version, **self._tokens(step, batch, feedback))
         return version
+
+    def _tokens(self, step: int, batch: Batch, feedback: Feedback) -> dict[str, int]:
+        """Those of first uses, trained and masked; and all of further uses, where there are any."""
+        draws = [self.state.draws[entry.draw] for entry in batch.accepted(self.config.groups_per_step)]
+        reused = sum(draw.tokens for draw in draws if draw.steps[0] != step)
+        tokens, masked = feedback.trained_tokens, feedback.masked_tokens
+        if not reused:
+            return {"tokens": tokens, "masked": masked}
+        of_them = feedback.reused_tokens
+        if of_them is None:
+            of_them = tokens * reused // max(1, tokens + masked)
+        return {"tokens": tokens - of_them, "masked": masked - (reused - of_them), "reused": reused}
 
     def _untrained(self, step: int, call: str) -> Batch:
         batch = self.state.batches.get(step)
@@ -238,7 +268,7 @@ class StepRules(Transaction):
     def why_no_batch(self, step: int) -> str:
         """What the learner waits for."""
         state, room = self.state, self._missing(step)
-        scored = len(state.scored)
+        scored = len(self._candidates(step))
         text = f"step {step} has {scored} scored groups for {room} places"
         if scored >= room:
             text += "; it waits for groups that would become too old" if self.config.max_lag else "; for lease order"

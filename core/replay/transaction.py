@@ -17,7 +17,7 @@ class Transaction:
 
     def __init__(self, config: QueueConfig, *, clock: Clock, emit: Callable[[Record], None]) -> None:
         self.config = config
-        self.state = LedgerState(config.groups_per_step, config.max_lag)
+        self.state = LedgerState(config.groups_per_step, config.max_lag, config.steps, config.reuse)
         self.clock = clock
         self.emit = emit
 
@@ -91,6 +91,17 @@ class Transaction:
         """When `expire` may find something."""
         times = (self.state.leases.next_deadline(), self.state.judgings.next_deadline())
         return min((time for time in times if time is not None), default=None)
+
+    def _placed(self, until: int) -> int:
+        """Places taken in the recorded batches of steps up to `until`: a redone step is refilled before later ones."""
+        per_step, step = self.config.groups_per_step, self.state.step
+        batches = (batch for k, batch in self.state.batches.items() if step <= k <= until)
+        return sum(min(per_step, len(batch.entries) - len(batch.filtered)) for batch in batches)
+
+    def _needed(self, alive: int) -> int:
+        """Places of the steps to come that neither the `alive` ones nor those taken fill."""
+        steps = self.config.steps
+        return self.config.groups_per_step * (steps - self.state.step) - alive - self._placed(steps)
 
     @property
     def finished(self) -> bool:

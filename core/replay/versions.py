@@ -85,6 +85,17 @@ def admissible(lag: int, live: int, *, per_step: int, max_lag: int) -> int:
     return max(0, per_step * (max_lag - lag + 1) - live)
 
 
+def possible(uses: int, *, first: int, last: int) -> int:
+    """How many of `uses` of one group fit into steps: one in each from `first` to `last`.
+
+        max(0, min(uses, last - first + 1))
+
+    >>> possible(3, first=4, last=5), possible(1, first=4, last=5), possible(2, first=4, last=3)
+    (2, 1, 0)
+    """
+    return max(0, min(uses, last - first + 1))
+
+
 def places(deadline: int, rooms: Mapping[int, int], *, last: int, per_step: int) -> int:
     """Groups that can still enter a batch by `deadline`: what is open in recorded batches, and whole later steps.
 
@@ -150,12 +161,12 @@ def forced(
     return musts
 
 
-def pick(order: Sequence[int], deadlines: Sequence[int], musts: Sequence[tuple[int, int]], room: int) -> list[int]:
+def pick(order: Sequence[int], deadlines: Sequence[float], musts: Sequence[tuple[int, int]], room: int) -> list[int]:
     """The first `room` of `order` that satisfy `musts`, in order.
 
     Args:
         order: items, best first.
-        deadlines: of each item of `order`.
+        deadlines: of each item of `order`; infinite where nothing is forced.
         musts: as `forced` returns them.
 
     >>> pick([7, 8, 9], [5, 5, 3], [(3, 1)], 2)

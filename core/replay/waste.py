@@ -4,11 +4,13 @@
               + in flight + queued + unaccounted
 
 `generated` is what the engines counted themselves, so that the other side of the equation is checked, not repeated.
+A group's tokens stand where its first use put them; what further uses read again is `reused`, outside of the sum.
 """
 
 from dataclasses import dataclass, field
 
 IN_FLIGHT, QUEUED, TRAINED, MASKED = "in_flight", "queued", "trained", "masked"
+REUSED = "reused"
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Books:
             self.rows[row] = self.rows.get(row, 0) + tokens
 
     def table(self) -> dict[str, int]:
-        """All rows, with "generated" first and "unaccounted" last.
+        """All rows: "generated", what it is the sum of, "unaccounted"; then "reused", where groups were used again.
 
         >>> books = Books(); books.meters[1] = Meter("generation-0", counter=10, known=8); books.add("trained", 8)
         >>> books.table()
@@ -50,5 +52,6 @@ class Books:
         generated = sum(meter.generated for meter in self.meters.values())
         fixed = (TRAINED, MASKED, IN_FLIGHT, QUEUED)
         rows = {row: self.rows.get(row, 0) for row in fixed}
-        rows |= {row: tokens for row, tokens in sorted(self.rows.items()) if row not in fixed and tokens}
-        return {"generated": generated, **rows, "unaccounted": generated - sum(rows.values())}
+        rows |= {row: tokens for row, tokens in sorted(self.rows.items()) if row not in (*fixed, REUSED) and tokens}
+        again = {REUSED: tokens} if (tokens := self.rows.get(REUSED, 0)) else {}
+        return {"generated": generated, **rows, "unaccounted": generated - sum(rows.values()), **again}

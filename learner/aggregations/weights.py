@@ -102,6 +102,24 @@ def prompt_mean(sequences: Sequences, group_S: Ints) -> Floats:
     return _spread(sequences, 1 / (groups * np.maximum(tokens, 1)[index_S]))
 
 
+def token_sum(sequences: Sequences) -> Floats:
+    """The plain sum over all tokens: the gradient grows with the batch.
+
+        loss = sum_N(loss)
+
+    Source: Simple statistical gradient-following algorithms (Williams 1992), doi:10.1007/BF00992696, without averaging.
+
+    Args:
+        sequences: of the whole batch.
+    Returns:
+        weight_N, sum N.
+
+    >>> token_sum(Sequences([1, 3]))
+    array([1., 1., 1., 1.], dtype=float32)
+    """
+    return np.ones(sequences.total, np.float32)
+
+
 def _count(sequences: Sequences) -> int:
     return max(int(np.count_nonzero(sequences.lengths_S)), 1)
 

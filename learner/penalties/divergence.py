@@ -76,3 +76,36 @@ def k3(
     """
     log_q_N = reference_logprob_N - logprob_N
     return coefficient * (torch.expm1(log_q_N) - log_q_N)
+
+
+def k3_unbiased(
+    logprob_N: torch.Tensor,
+    reference_logprob_N: torch.Tensor,
+    behaviour_logprob_N: torch.Tensor,
+    *,
+    coefficient: NonNegativeFloat = 0.01,
+) -> torch.Tensor:
+    """k3 under the importance weight of the policy: value and gradient of the reverse KL, whoever sampled.
+
+        w_t = pi(t) / mu(t)     q_t = pi_reference(t) / pi(t)       loss_t = coefficient * w_t * (q_t - log q_t - 1)
+        d loss_t / d logprob_t = coefficient * w_t * (logprob_t - reference_t)
+
+    The gradient runs through the weight too. It is bounded where k3's grows without bound: on tokens that have
+    become far less likely than under the reference.
+
+    Source: DeepSeek-V3.2 (DeepSeek-AI 2025), arXiv:2512.02556, section 3.1, unbiased KL estimate.
+
+    Args:
+        logprob_N: nats, under the policy; carries the gradient.
+        reference_logprob_N: nats, under the reference model.
+        behaviour_logprob_N: nats, of the distribution that sampled.
+        coefficient: reward units per nat.
+    Returns:
+        loss_N >= 0.
+
+    >>> old_N = torch.log(torch.tensor([0.1, 0.5]))
+    >>> k3_unbiased(torch.log(torch.tensor([0.2, 0.5])), torch.log(torch.tensor([0.4, 0.5])), old_N, coefficient=1.0)
+    tensor([0.6137, 0.0000])
+    """
+    weight_N = torch.exp(logprob_N - behaviour_logprob_N)
+    return weight_N * k3(logprob_N, reference_logprob_N, coefficient=coefficient)

@@ -93,6 +93,30 @@ def behaviour_sequence(
     return _sequence(logprob_N, behaviour_logprob_N, sequences)
 
 
+def sequence_product(logprob_N: torch.Tensor, proximal_logprob_N: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """The whole sequence's probability ratio to the policy as the step began, on each of its tokens.
+
+        ratio_t = prod_s pi(s) / pi_proximal(s) = exp(sum_s(logprob_s - proximal_s))
+
+    Every token of the sequence carries the gradient of every other; with one advantage per sequence and
+    sequence_mean the loss is that of the sequence as a single action.
+
+    Source: Back to Basics (Ahmadian et al. 2024), arXiv:2402.14740, section 3: the whole generation as one action.
+
+    Args:
+        logprob_N: nats, under the policy; carries the gradient.
+        proximal_logprob_N: nats, under the policy as the step began.
+        sequences: which tokens belong together.
+    Returns:
+        ratio_N, > 0, equal within a sequence; d ratio_t / d logprob_s = ratio_t for all t, s of a sequence.
+
+    >>> logprob_N, old_N = torch.log(torch.tensor([0.4, 0.2, 0.3])), torch.log(torch.tensor([0.1, 0.1, 0.3]))
+    >>> sequence_product(logprob_N, old_N, Sequences([2, 1]))
+    tensor([8., 8., 1.])
+    """
+    return sequences.spread(torch.exp(sequences.sum(logprob_N - proximal_logprob_N)))
+
+
 def _sequence(logprob_N: torch.Tensor, old_logprob_N: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     log_s_N = sequences.spread(sequences.mean((logprob_N - old_logprob_N).detach()))
     return torch.exp(log_s_N + logprob_N - logprob_N.detach())

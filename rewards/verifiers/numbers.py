@@ -6,6 +6,7 @@ from decimal import Context, Decimal
 
 from millrace.core.errors import DataError, RecipeError
 from millrace.core.types import Verdict, VerdictKind
+from millrace.rewards.stated import shown, stated
 
 # 50 digits, so that long integers compare exactly; no traps, so that no text can raise: what overflows is not finite.
 _ARITHMETIC = Context(prec=50, traps=[])
@@ -22,7 +23,6 @@ _NUMBER = re.compile(
     r"(?P<percent>\s?%)?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_BRACE = re.compile(r"\\boxed\s*\{|[{}]")
 _SIGNS = str.maketrans({"−": "-", "–": "-", "\u00a0": " ", "\u202f": " "})
 
 
@@ -33,7 +33,8 @@ def numeric(
 
         r = [|x - a| <= max(tolerance, relative * |a|)]
 
-    Source: the closeness of PEP 485, with the answer as the reference.
+    Source: the outcome reward of RLVR, Tulu 3 (Lambert et al. 2024), arXiv:2411.15124; the closeness of PEP 485, with
+    the answer as the reference.
 
     Read are signs, decimals, thousands separators (1,234.5), scientific notation (6.02e23), fractions (3/4,
     \\frac{3}{4}), per cent (50% is 0.5) and amounts ($5). Where the text holds a \\boxed{} or a ####, only what stands
@@ -62,20 +63,20 @@ def numeric(
     target = _read(str(answer), last_number=False)
     if target is None:
         raise DataError(
-            f"numeric: the answer {_shown(str(answer))} is not one finite number; "
+            f"numeric: the answer {shown(str(answer))} is not one finite number; "
             "write it as a number, or compare text with the verifier 'exact'"
         )
     value = _read(text, last_number=last_number)
     if value is None:
         wanted = "no number in" if last_number else "more than a number, or none, in"
-        return Verdict(kind=VerdictKind.SUBJECT_FAILED, score=0.0, feedback=f"{wanted} the response {_shown(text)}")
+        return Verdict(kind=VerdictKind.SUBJECT_FAILED, score=0.0, feedback=f"{wanted} the response {shown(text)}")
     room = max(Decimal(tolerance), _ARITHMETIC.multiply(Decimal(relative), target.copy_abs()))
     return float(_ARITHMETIC.subtract(value, target).copy_abs() <= room)
 
 
 def _read(text: str, *, last_number: bool) -> Decimal | None:
     """The number that `text` states; None when it states none that is finite."""
-    text = _stated(text).translate(_SIGNS)
+    text = stated(text).translate(_SIGNS)
     text = _FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\%", "%").replace("\\$", "$")
     if not last_number:
         match = _NUMBER.fullmatch(text.strip().rstrip(".").strip("$"))
@@ -97,21 +98,3 @@ def _value(match: re.Match[str]) -> Decimal | None:
 
 def _decimal(digits: str) -> Decimal:
     return _ARITHMETIC.create_decimal(digits.replace(",", ""))
-
-
-def _stated(text: str) -> str:
-    r"""Where the answer stands: the last closed, non-empty \boxed{}, else what follows the last ####, else all."""
-    opened: list[int | None] = []  # where each brace that is still open begins; None: not of a \boxed
-    start, end = -1, -1
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "{":
-            opened.append(None)
-        elif brace[0] != "}":
-            opened.append(brace.end())
-        elif opened and (begin := opened.pop()) is not None and text[begin : brace.start()].strip():
-            start, end = begin, brace.start()
-    return text[start:end] if start >= 0 else text.rpartition("####")[2]
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else "..." + text[-77:])

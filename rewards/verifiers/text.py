@@ -32,7 +32,9 @@ def position_match(text: str, answer: str, *, strip: bool = True) -> float:
 
         r = |{i : text_i = answer_i}| / max(|text|, |answer|)
 
-    Source: the Hamming similarity, divided by the longer length, so that neither cutting short nor running on pays.
+    Source: the distance of Error Detecting and Error Correcting Codes (Hamming 1950),
+    doi:10.1002/j.1538-7305.1950.tb00463.x, as a similarity, divided by the longer length, so that neither cutting short
+    nor running on pays.
 
     Args:
         text: the response, decoded, without the stop token.

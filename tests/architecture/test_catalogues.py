@@ -12,9 +12,24 @@ import pytest
 
 from millrace.core import catalogue, recipe, words
 from millrace.learner.objective import FOLDERS, Objective
+from millrace.rewards import judge, shaping
 
 ROOT = Path(__file__).resolve().parents[2]
-METHODS = [(slot, folder, name) for slot, folder in FOLDERS.items() for name in catalogue.names(folder)]
+CATALOGUES = {**FOLDERS, **shaping.FOLDERS, "verifier": judge.FOLDER}
+METHODS = [(slot, folder, name) for slot, folder in CATALOGUES.items() for name in catalogue.names(folder)]
+# What a method of each slot may ask for; of a verifier also columns, as countdown's.
+ASKS = {**words.SLOTS, "verifier": frozenset(judge.WORDS) | {"numbers", "target"}}
+# Settings without a default -> some value.
+REQUIRED: dict[str, dict[str, Any]] = {
+    "constant_length": {"length": 100},
+    "gate": {"component": "format"},
+    "isolated": {"verifier": "exact"},
+    "matches": {"pattern": "4"},
+    "max_variance": {"size": 4},
+    "regex": {"pattern": "4"},
+    "scheduled": {"shaper": "overlong", "steps": 10},
+    "weighted": {"weights": {"format": 0.5}},
+}
 SOURCE = re.compile(r"Source: .*?(arXiv:\d{4}\.\d{4,5}|doi:10\.\d+/\S+)", re.DOTALL)
 
 
@@ -29,6 +44,9 @@ def wrong_with(method: Any, word_shapes: bool = True) -> Iterator[str]:
     if not SOURCE.search(text):
         yield "no 'Source: Title (Authors year), arXiv:...'"
     parameters = list(inspect.signature(method).parameters)
+    if inspect.isclass(method):  # its fields are settings, its call's parameters are words
+        asked = list(inspect.signature(method.__call__).parameters.values())[1:]
+        parameters += [p.name for p in asked if p.kind is not p.VAR_POSITIONAL]
     arguments = text.partition("Args:")[2].partition("Returns:")[0]
     yield from (f"parameter {p} is not under Args:" for p in parameters if f"    {p}:" not in arguments)
     if "Returns:" not in text or (word_shapes and not re.search(r"Returns:\n\s+\w+_[NG]\b", text)):
@@ -39,7 +57,8 @@ def wrong_with(method: Any, word_shapes: bool = True) -> Iterator[str]:
 
 @pytest.mark.parametrize(("slot", "folder", "name"), METHODS)
 def test_every_method_is_documented(slot: str, folder: str, name: str) -> None:
-    assert list(wrong_with(getattr(importlib.import_module(folder), name))) == []
+    returns_an_array = slot not in ("filter", "verifier", "reference")
+    assert list(wrong_with(getattr(importlib.import_module(folder), name), returns_an_array)) == []
 
 
 @pytest.mark.parametrize(("slot", "folder", "name"), METHODS)
@@ -55,13 +74,13 @@ def test_every_example_runs(slot: str, folder: str, name: str) -> None:
 def test_every_parameter_is_a_word_or_a_setting_with_a_type(slot: str, folder: str, name: str) -> None:
     """Resolution itself checks the words; what is keyword-only must be annotated, or its type is not checked."""
     method = getattr(importlib.import_module(folder), name)
-    required = {"length": 100} if name == "constant_length" else {}
-    resolved = catalogue.resolve({"name": name, **required}, folder=folder, words=words.SLOTS[slot], slot=slot)
-    assert resolved.words <= words.SLOTS[slot]
+    spec = {"name": name, **REQUIRED.get(name, {})}
+    resolved = catalogue.resolve(spec, folder=folder, words=ASKS[slot], slot=slot)
+    assert resolved.words <= ASKS[slot]
     assert set(resolved.settings) <= set(inspect.get_annotations(method))
 
 
-@pytest.mark.parametrize("folder", FOLDERS.values())
+@pytest.mark.parametrize("folder", CATALOGUES.values())
 def test_a_catalogue_lists_all_that_its_files_define(folder: str) -> None:
     package = importlib.import_module(folder)
     assert package.__file__ is not None
@@ -69,7 +88,8 @@ def test_a_catalogue_lists_all_that_its_files_define(folder: str) -> None:
         name
         for path in Path(package.__file__).parent.glob("[a-z]*.py")
         for name, value in vars(importlib.import_module(f"{folder}.{path.stem}")).items()
-        if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == f"{folder}.{path.stem}"
+        if inspect.isfunction(value) or (inspect.isclass(value) and "__call__" in vars(value))
+        if not name.startswith("_") and value.__module__ == f"{folder}.{path.stem}"
     }
     assert sorted(defined) == list(package.__all__), "__all__ is all of them, sorted"
     assert not {path.stem for path in Path(package.__file__).parent.glob("*.py")} & defined, "a file hides its function"

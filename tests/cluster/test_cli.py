@@ -9,8 +9,12 @@ import pytest
 
 from millrace import __version__
 from millrace.cluster import config as configs
-from millrace.cluster import jobs
-from millrace.cluster.cli import main, show_token, summary
+from millrace.cluster import run_directory, snapshot
+from millrace.cluster.cli import main
+from millrace.cluster.commands import summary
+from millrace.cluster.job import Job, show_token
+from millrace.cluster.snapshot import Snapshot
+from millrace.core.errors import DataError
 
 Capture = pytest.CaptureFixture[str]
 
@@ -40,7 +44,7 @@ def test_help_needs_neither_torch_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    for word in ("RUN.toml", "key=value", "--resume", "--dry-run", "--address", "--local"):
+    for word in ("RUN.toml", "key=value", "--resume", "--dry-run", "--address", "--local", "--detach", "--plain"):
         assert word in done.stdout
 
 
@@ -94,6 +98,13 @@ def test_settings_stand_anywhere_behind_the_file(order: tuple[str, ...], run_fil
             "a resumed run keeps its configuration: leave out loop.steps=3",
         ),
         (("train", "--resume", "HERE"), "is no run directory, it has no config.toml"),
+        (("train", "--resume", "HERE", "--dry-run"), "is no run directory, it has no config.toml"),
+        (("attach", "nowhere"), "nowhere: there is no such run, neither as a path nor below runs/"),
+        (("stop", "nowhere"), "nowhere: there is no such run"),
+        (("status", "nowhere"), "nowhere: there is no such run"),
+        (("jobs", "nowhere"), "nowhere: there are no runs below it"),
+        (("list", "surogates"), "there is no catalogue 'surogates'; did you mean 'surrogates'?"),
+        (("show", "grpoo"), "no recipe and no method 'grpoo'; did you mean 'grpo'?"),
         (("train", "RUN", "--resume", "HERE"), "a resumed run keeps its configuration: leave out"),
     ],
 )
@@ -117,17 +128,137 @@ def test_an_unknown_command_or_option_ends_with_status_2(arguments: tuple[str, .
     assert "usage: millrace" in capsys.readouterr().err
 
 
-def test_what_fails_ends_with_status_1(run_file: Path, capsys: Capture) -> None:
-    assert ended("train", run_file, "data.train=nowhere.jsonl", "--local") == 1
-    assert "nowhere.jsonl: there is no such file" in capsys.readouterr().err
+class Played:
+    """A job as a test plays it: what a watcher sees is given, what it orders is noted."""
+
+    def __init__(self, directory: Path, *scenes: list[str] | BaseException) -> None:
+        self.directory, self.id = directory, str(directory)
+        self.ended = False
+        self.orders: list[str] = []
+        self._scenes = list(scenes)
+
+    def lines(self) -> Any:
+        scene = self._scenes.pop(0)
+        if isinstance(scene, BaseException):
+            raise scene
+        yield from scene
+
+    def stop(self, *, now: bool = False) -> None:
+        self.orders.append("now" if now else "in order")
+
+    def wait(self, timeout_s: float | None = None) -> Any:
+        if self._scenes and isinstance(self._scenes[0], BaseException):
+            raise self._scenes[0]
+        return Snapshot(self.directory).update(state="stopped", step=2)
+
+    def result(self) -> Any:
+        return {"ended": "stopped", "steps": 2, "seconds": 1.0, "directory": self.id}
 
 
-def test_an_interrupt_ends_with_status_130(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*given: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
+def played(monkeypatch: pytest.MonkeyPatch, directory: Path, *scenes: list[str] | BaseException) -> Played:
+    job = Played(directory, *scenes)
+    monkeypatch.setattr(Job, "submit", lambda config, **where: job)
+    return job
 
-    monkeypatch.setattr(jobs, "train", interrupted)
+
+def test_what_fails_ends_with_status_1(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    played(monkeypatch, tmp_path, ["begun"], DataError("rows.jsonl: line 3 is torn"))
+    assert ended("train", run_file) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("begun\n", "millrace: rows.jsonl: line 3 is torn\n")
+
+
+def test_the_first_interrupt_stops_in_order_and_goes_on_watching(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    job = played(monkeypatch, tmp_path, KeyboardInterrupt(), ["stopping"])
+    (tmp_path / run_directory.RESULT).write_text("{}")
+    assert ended("train", run_file) == 0
+    assert job.orders == ["in order"]
+    assert capsys.readouterr().out.splitlines()[:2] == ["stopping", "stopped after 2 steps in 1 s"]
+
+
+def test_the_second_interrupt_stops_at_once_with_status_130(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = played(monkeypatch, tmp_path, KeyboardInterrupt(), KeyboardInterrupt())
     assert ended("train", run_file) == 130
+    assert job.orders == ["in order", "now"]
+
+
+def test_a_run_that_another_stops_at_once_ends_with_status_130(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    played(monkeypatch, tmp_path, [])
+    assert ended("train", run_file) == 130
+    assert f"stopped at once, at step 2: millrace train --resume {tmp_path} goes on" in capsys.readouterr().out
+
+
+def test_an_interrupt_leaves_a_run_alone_that_one_is_attached_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    job = Played(tmp_path, KeyboardInterrupt())
+    job.status = lambda: None  # type: ignore[attr-defined]  # it has begun
+    monkeypatch.setattr(Job, "attach", lambda id: job)
+    assert ended("attach", tmp_path) == 0
+    assert job.orders == []
+    assert f"{tmp_path} goes on; millrace stop {tmp_path} ends it" in capsys.readouterr().out
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run that ended, and one whose driver is gone."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    for name, facts in {"old": {"state": "finished", "reward": 0.5}, "newer": {"state": "running"}}.items():
+        (runs / name).mkdir(parents=True)
+        (runs / name / run_directory.CONFIG).write_text("")
+        Snapshot(runs / name, name=name, steps=9).update(step=3, **facts)
+        (runs / name / run_directory.PROGRESS_LOG).write_text("".join(f"line {i}\n" for i in range(50)))
+    (runs / "no run").mkdir()
+    return runs
+
+
+def test_jobs_are_a_line_each(runs: Path, capsys: Capture) -> None:
+    assert ended("jobs") == 0
+    old, newer = sorted(capsys.readouterr().out.splitlines(), reverse=True)
+    assert old == "old    finished  step 3/9  reward 0.500"
+    assert newer.startswith("newer  failed    step 3/9  the driver, process ")
+
+
+def test_a_status_is_for_people_or_for_programs(runs: Path, capsys: Capture) -> None:
+    assert ended("status", "old") == 0
+    said = capsys.readouterr().out
+    assert "finished, process " in said
+    assert "step 3/9  reward 0.500" in said
+    assert ended("status", "newer", "--json") == 0
+    told = snapshot.Status.from_json(capsys.readouterr().out)
+    assert (told.state, told.error and told.error["kind"]) == ("failed", "DriverLost")
+
+
+def test_attaching_shows_the_last_lines_and_how_it_ended(runs: Path, capsys: Capture) -> None:
+    assert ended("attach", "newer") == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f"line {i}" for i in range(30, 50)]
+    assert "has ended without a word" in said.err
+
+
+def test_what_does_not_run_is_not_stopped(runs: Path, capsys: Capture) -> None:
+    assert ended("stop", "old") == 0
+    assert capsys.readouterr().out == f"{runs / 'old'} is not running: finished\n"
+    assert not (runs / "old" / run_directory.STOP).exists()
+    with run_directory.held(runs / "old"):
+        assert ended("stop", "old", "--now") == 0
+        assert run_directory.ordered_to_stop(runs / "old") == "now"
+
+
+def test_the_catalogues_are_at_hand(capsys: Capture) -> None:
+    assert ended("list", "ratios") == 0
+    assert "  token" in capsys.readouterr().out
+    assert ended("show", "grpo") == 0
+    assert "clip(low=0.2, high=0.2, dual=None)" in capsys.readouterr().out
 
 
 def test_a_run_ends_with_its_summary_and_status_0(run_file: Path, capsys: Capture) -> None:
@@ -138,7 +269,7 @@ def test_a_run_ends_with_its_summary_and_status_0(run_file: Path, capsys: Captur
     assert any(line.startswith("training reward 0.") and " -> " in line for line in said)
     assert any(line.startswith("held-out reward 0.") for line in said)
     assert any(line.startswith('tokens {"generated": ') and '"unaccounted": 0}' in line for line in said)
-    assert said[-1] == str(run_file.parent / "runs" / "run" / "result.json")
+    assert said[-1] == str(run_file.parent / "runs" / "run" / "report.html")
 
 
 def test_a_summary_without_scores_is_words() -> None:
@@ -146,7 +277,7 @@ def test_a_summary_without_scores_is_words() -> None:
     assert summary({**found, "held_out": {"first": {"mean": None}, "last": {"mean": 0.5}}}).splitlines() == [
         "stopped after 0 steps in 0 s",
         "held-out reward no score -> 0.500",
-        "x/result.json",
+        "x/report.html",
     ]
 
 

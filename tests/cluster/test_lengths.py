@@ -43,6 +43,20 @@ def test_filtered_lost_and_untrained_groups_do_not_count_as_trained(tmp_path: Pa
     assert trained_by_length(path, steps=1) == [{"longest": 5, "generated": 8, "trained": 0.25}]
 
 
+def test_a_further_use_does_not_undo_the_first(tmp_path: Path) -> None:
+    path = ledger(
+        tmp_path,
+        *(generated(index, 5) for index in range(4)),
+        took(0, (0, 0), (1, 0), (2, 0)),
+        {"op": "committed", "step": 1},
+        took(1, (0, 0), (1, 0), (2, 0), (3, 0)),
+        {"op": "filtered", "step": 1, "rows": [[1, 0, "same"]]},
+        {"op": "lost", "rows": [[2, 0], [3, 0]]},
+        took(2, (0, 0)),
+    )
+    assert trained_by_length(path, steps=2) == [{"longest": 5, "generated": 4, "trained": 0.75}]
+
+
 def test_a_second_attempt_is_a_rollout_of_its_own(tmp_path: Path) -> None:
     path = ledger(tmp_path, generated(0, 4), generated(0, 4, attempt=1), took(0, (0, 1)))
     assert trained_by_length(path, steps=1) == [{"longest": 4, "generated": 2, "trained": 0.5}]

@@ -88,10 +88,25 @@ CASES: dict[str, tuple[Change, type[MillraceError], str]] = {
         ConfigError,
         r"generation\.workers = 3 .*1 of them would never work.*64 of 192 engine slots can never be filled",
     ),
-    "slots of the recipe that nothing applies": (
-        {"recipe": {"name": "grpo", "rewards": {"filters": ["mine.py:keep"]}}},
+    "a filter that does not exist": (
+        {"recipe": {"name": "grpo", "rewards": {"filters": ["zero_varience"]}}},
+        RewardError,
+        r"unknown filter 'zero_varience'; did you mean 'zero_variance'\?",
+    ),
+    "more optimiser steps than groups": (
+        {"recipe": {"name": "grpo", "updates": {"minibatches": 99}}},
         RecipeError,
-        r"recipe grpo: rewards\.filters is not applied by this release: leave it out",
+        r"updates\.minibatches = 99, but a batch has loop\.groups_per_step = 8 groups, which stay whole",
+    ),
+    "a divergence in the reward without a reference": (
+        {"recipe": {"name": "grpo", "rewards": {"shapers": ["kl"]}}},
+        RecipeError,
+        r"its shapers ask for reference_logprob_N: give the run a reference model",
+    ),
+    "a reference that moves for nobody": (
+        {"recipe": {"name": "grpo", "objective": {"reference": "ema"}}},
+        RecipeError,
+        r"references\.ema moves a reference model that nothing compares with",
     ),
     "groups of one for an advantage within the group": (
         {"loop": {"steps": 2, "groups_per_step": 64, "group_size": 1}},

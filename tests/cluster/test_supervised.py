@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from millrace.cluster import jobs
-from millrace.cluster.cli import summary
+from millrace.cluster.commands import summary
 from millrace.core.errors import ConfigError, MillraceError
 
 SUPERVISED = {"epochs": 3, "batch_rows": 32, "learning_rate": 0.3, "threads": 1}

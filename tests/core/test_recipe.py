@@ -76,8 +76,8 @@ def test_a_whole_loss_is_a_name_or_a_table_with_one() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("grop", "unknown recipe 'grop'; did you mean 'grpo'? There are cispo, dr_grpo,"),
-        ("absent.toml", "there is no recipe /data/absent.toml; by name there are cispo,"),
+        ("grop", "unknown recipe 'grop'; did you mean 'grpo'? There are a3po, cispo,"),
+        ("absent.toml", "there is no recipe /data/absent.toml; by name there are a3po, cispo,"),
         ({"name": "grpo", "reward": {}}, "unknown key 'reward'; did you mean 'rewards'?"),
         ({"name": "grpo", "rewards": {"verifer": "x"}}, "rewards: unknown key 'verifer'; did you mean 'verifier'?"),
         ({"name": "grpo", "objective": {"ratoi": "x"}}, "objective: unknown key 'ratoi'; did you mean 'ratio'?"),

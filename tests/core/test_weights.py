@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ import pytest
 from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
-from millrace.core.protocols import Manifest, Probe, WeightHandle
+from millrace.core.protocols import Adapter, Manifest, Probe, WeightHandle
 from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import (
     VersionGoneError,
     buffer_bytes,
     digest_of,
+    factors_of,
     from_json,
+    identity_of,
     layout,
     map_file,
     mapped,
@@ -96,6 +99,42 @@ def test_a_manifest_survives_json_to_the_last_bit() -> None:
     assert (back.version, back.step, back.epoch, back.digest, back.tolerance) == (4, 8, 1, manifest.digest, 1e-4)
     np.testing.assert_array_equal(back.probes[0].logprob_T, manifest.probes[0].logprob_T)
     np.testing.assert_array_equal(back.probes[0].tokens_T, manifest.probes[0].tokens_T)
+
+
+def test_an_adapter_is_said_in_the_manifest() -> None:
+    manifest, _ = published(4)
+    assert from_json(to_json(manifest), source="here").adapter is None
+    adapter = Adapter(base="ab" * 32, scale=1 / 3, dtype="bfloat16")
+    assert from_json(to_json(replace(manifest, adapter=adapter)), source="here").adapter == adapter
+
+
+def test_manifests_of_before_adapters_are_read() -> None:
+    data = json.loads(to_json(published(4)[0]))
+    del data["adapter"]
+    assert from_json(json.dumps(data), source="here").adapter is None
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ([("w.lora_A", (2, 3))], "w.lora_. stands alone"),
+        ([("w", (2, 3))], "stands alone"),
+        ([("w.lora_A", (2, 3)), ("v.lora_B", (3, 2))], "stands alone"),
+        ([("w.lora_A", (2, 3)), ("w.lora_B", (4, 3))], r"adapter of w: \[4, 3\] times \[2, 3\] is no product"),
+        ([("w.lora_A", (2,)), ("w.lora_B", (4, 2))], r"is no product"),
+    ],
+)
+def test_factors_come_in_pairs_that_multiply(named: list[tuple[str, tuple[int, ...]]], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        factors_of(layout((name, "float32", shape) for name, shape in named))
+
+
+def test_the_identity_notices_names_shapes_and_values() -> None:
+    zeros = np.zeros((2, 3), np.float32)
+    changes = [("b", zeros), ("a", zeros.T), ("a", zeros.reshape(6)), ("a", zeros - np.float32(1e-38))]
+    identities = {identity_of([each]) for each in [("a", zeros), *changes]}
+    assert len(identities) == 5
+    assert identity_of([("a", np.zeros((3, 2), np.float32).T)]) == identity_of([("a", zeros)]), "of the values alone"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 1}', "null"])

@@ -11,20 +11,28 @@ from transformers import AutoModelForCausalLM
 from examples import tiny_model
 from millrace.actors.engines import engine
 from millrace.learner import checkpoint
-from millrace.learner.config import OptimiserConfig
-from millrace.learner.model import Policy, load_model, load_tokenizer
+from millrace.learner.config import LearnerConfig, LoraConfig, OptimiserConfig
+from millrace.learner.loading import load_policy
+from millrace.learner.model import load_tokenizer
 from millrace.learner.optimiser import Optimiser
 
 pytestmark = pytest.mark.ray
 
 
-def test_a_checkpoint_opens_in_vllm_and_in_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "lora"])
+def test_a_checkpoint_opens_in_vllm_and_in_transformers(lora: LoraConfig | None, tmp_path: Path) -> None:
     tiny_model.build(tmp_path / "model", seed=5)
-    policy = Policy(load_model(str(tmp_path / "model"), device=torch.device("cpu")))
+    policy = load_policy(str(tmp_path / "model"), LearnerConfig(lora=lora, device="cpu"))
+    before = policy.score(np.arange(4, 24, dtype=np.int32))
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    assert np.abs(policy.score(np.arange(4, 24, dtype=np.int32)) - before).max() > 0.05
     saved = checkpoint.save(
         str(tmp_path / "checkpoints"),
         checkpoint.LearnerState(step=3, version=3, epoch=1, seed=0),
-        model=policy.model,
+        policy=policy,
         tokenizer=load_tokenizer(str(tmp_path / "model")),
         optimiser=Optimiser(policy.model.named_parameters(), OptimiserConfig()),
     )
@@ -41,3 +49,4 @@ def test_a_checkpoint_opens_in_vllm_and_in_transformers(tmp_path: Path) -> None:
         logits_TV = AutoModelForCausalLM.from_pretrained(saved.directory)(torch.tensor(token_T[None])).logits[0]
     expected_T = torch.log_softmax(logits_TV[:-1], -1).gather(1, torch.tensor(token_T[1:, None]).long())[:, 0].numpy()
     np.testing.assert_allclose(asyncio.run(in_vllm()), expected_T, atol=1e-5)
+    np.testing.assert_allclose(policy.score(token_T), expected_T, atol=1e-5)

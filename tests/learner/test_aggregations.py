@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from millrace.core import catalogue
-from millrace.learner.aggregations import constant_length, prompt_mean, sequence_mean, sequence_sum, token_mean
+from millrace.learner.aggregations import (
+    constant_length,
+    prompt_mean,
+    sequence_mean,
+    sequence_sum,
+    token_mean,
+    token_sum,
+)
 from millrace.learner.objective import Objective
 from millrace.learner.sequences import Sequences
 
@@ -24,6 +31,7 @@ def test_by_hand() -> None:
     assert float(sequence_sum(SEQUENCES) @ LOSS) == pytest.approx(55 / 3)
     # the same over 100 tokens each
     assert float(constant_length(SEQUENCES, length=100) @ LOSS) == pytest.approx(55 / 300)
+    assert float(token_sum(SEQUENCES) @ LOSS) == pytest.approx(55)
     # groups: (1 + 2 + 3 + 4 + 5) / 5 = 3 and (6 + ... + 10) / 5 = 8: 11 / 2
     assert float(prompt_mean(SEQUENCES, GROUPS) @ LOSS) == pytest.approx(5.5)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from millrace.core.errors import TrainingError
 from millrace.learner.checkpoint import LearnerState, load, retain, save, surviving, verify
 from millrace.learner.config import OptimiserConfig
+from millrace.learner.model import Policy
 from millrace.learner.optimiser import Optimiser
 
 
@@ -31,7 +32,9 @@ def saved(tmp_path, make_model, tokenizer):
     model = make_model("qwen2")
     optimiser = trained(model)
     memory = {"objective": {"advantage": {"mean": 0.25}}}
-    return save(str(tmp_path), state(memory=memory), model=model, tokenizer=tokenizer, optimiser=optimiser), model
+    return save(
+        str(tmp_path), state(memory=memory), policy=Policy(model), tokenizer=tokenizer, optimiser=optimiser
+    ), model
 
 
 def test_automodel_autotokenizer_and_generation_config_open_the_directory(saved, tokenizer):
@@ -54,12 +57,12 @@ def test_automodel_autotokenizer_and_generation_config_open_the_directory(saved,
 def test_a_learner_resumed_from_it_goes_on_to_the_bit(name, tmp_path, make_model):
     model = make_model(name)
     optimiser = trained(model, 2)
-    checkpoint = save(str(tmp_path), state(), model=model, tokenizer=None, optimiser=optimiser)
+    checkpoint = save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
     drawn = torch.rand(3)
     other = make_model(name, seed=5)
     resumed = Optimiser(other.named_parameters(), optimiser.config)
     identity = [id(p) for p in other.parameters()]
-    assert load(checkpoint.directory, checkpoint.digest, model=other, optimiser=resumed) == state()
+    assert load(checkpoint.directory, checkpoint.digest, policy=Policy(other), optimiser=resumed) == state()
     assert torch.equal(torch.rand(3), drawn), "random numbers go on where they were"
     assert [id(p) for p in other.parameters()] == identity, "the optimiser and the publisher hold these"
     for pair in ((model, optimiser), (other, resumed)):
@@ -74,7 +77,7 @@ def test_memories_come_back(saved, make_model):
     checkpoint, _ = saved
     model = make_model("qwen2", seed=1)
     optimiser = Optimiser(model.named_parameters(), OptimiserConfig(learning_rate=0.01))
-    found = load(checkpoint.directory, checkpoint.digest, model=model, optimiser=optimiser)
+    found = load(checkpoint.directory, checkpoint.digest, policy=Policy(model), optimiser=optimiser)
     assert found.memory == {"objective": {"advantage": {"mean": 0.25}}}
 
 
@@ -111,10 +114,10 @@ def test_a_half_written_directory_has_another_name(tmp_path, make_model, monkeyp
 
     monkeypatch.setattr("millrace.learner.checkpoint.save_file", full)
     with pytest.raises(OSError, match="no space"):
-        save(str(tmp_path), state(), model=model, tokenizer=None, optimiser=optimiser)
+        save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1.2.partial"]
     monkeypatch.undo()
-    checkpoint = save(str(tmp_path), state(), model=model, tokenizer=None, optimiser=optimiser)
+    checkpoint = save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
     verify(checkpoint.directory, checkpoint.digest)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1.2"]
 
@@ -124,14 +127,14 @@ def test_a_memory_that_json_cannot_hold_is_named(tmp_path, make_model):
     with pytest.raises(
         TrainingError, match="state.json cannot be saved: Object of type set .* must be of plain numbers"
     ):
-        save(str(tmp_path), state(memory={"x": {1}}), model=model, tokenizer=None, optimiser=trained(model))
+        save(str(tmp_path), state(memory={"x": {1}}), policy=Policy(model), tokenizer=None, optimiser=trained(model))
 
 
 def test_another_model_is_refused(saved, make_model):
     checkpoint, _ = saved
     model = make_model("qwen2-untied")
     with pytest.raises(TrainingError, match="does not fit the model: .* such as lm_head.weight"):
-        load(checkpoint.directory, checkpoint.digest, model=model, optimiser=trained(model))
+        load(checkpoint.directory, checkpoint.digest, policy=Policy(model), optimiser=trained(model))
 
 
 def directories(root: Path, rewards: dict[str, float]) -> list[tuple[str, float]]:

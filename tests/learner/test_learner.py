@@ -1,7 +1,6 @@
 """The learner's loop on a table, against an in-process queue."""
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +11,12 @@ import torch
 from millrace.core import schema
 from millrace.core.errors import RecipeError, TrainingError
 from millrace.core.protocols import Feedback, Manifest, Resumption, Taken
+from millrace.core.recipe import Updates
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import views
 from millrace.learner.config import LearnerConfig
+from millrace.learner.judged import Unshaped
 from millrace.learner.learner import Learner
 from millrace.learner.report import StepReport
 from millrace.learner.table_model import TableConfig, TableForCausalLM
@@ -111,7 +112,7 @@ class TableQueue:
         handle = await self.store.fetch(self.announced[-1])
         rng = np.random.default_rng(99)
         fresh = [
-            self.group(1000 + i, views(handle)["table"], handle.manifest.version, rng)
+            self.group(1000 * len(self.calls) + i, views(handle)["table"], handle.manifest.version, rng)
             for i in range(self.groups - len(kept))
         ]
         every = [*kept, *fresh]
@@ -153,7 +154,8 @@ CONFIG = LearnerConfig(
 )
 
 
-def make(tmp_path, table_dir, *, store=None, queue=None, config=CONFIG, **kwargs):
+def make(tmp_path, table_dir, *, store=None, queue=None, config=CONFIG, max_filtered=100, **kwargs):
+    config = config.model_copy(update={"max_filtered": max_filtered})
     store = store or FileWeightStore(str(tmp_path / "weights"))
     queue = queue or TableQueue(store)
     reports: list[StepReport] = []
@@ -194,6 +196,19 @@ def test_a_step_reports_what_it_did_and_where_its_time_went(tmp_path, table_dir)
     assert min(report.wait_s, report.compute_s, report.publish_s) > 0
     (feedback,) = queue.feedback
     assert feedback.trained_tokens == report.tokens and set(feedback.scores) == {"row:0", "row:1", "row:2"}
+
+
+def test_tokens_of_further_uses_are_told_apart(tmp_path, table_dir):
+    learner, queue, _ = make(tmp_path, table_dir, steps=1)
+    queue_make = queue.make
+
+    async def reused(step: int) -> Taken:
+        return replace(await queue_make(step), uses=[0, 2, 0, 1])
+
+    queue.make = reused
+    asyncio.run(learner.run())
+    (feedback,) = queue.feedback
+    assert (feedback.trained_tokens, feedback.reused_tokens) == (4 * 8 * LENGTH, 2 * 8 * LENGTH)
 
 
 def test_the_published_table_carries_probes_when_due(tmp_path, table_dir):
@@ -290,19 +305,93 @@ def test_a_loss_that_is_not_finite_names_step_and_groups_and_changes_nothing(tmp
 
 
 def test_filtered_groups_are_handed_back_and_the_rest_is_shaped_once(tmp_path, table_dir):
-    seen: list[GroupId] = []
-
-    def shape(group: Group, verdicts: Sequence[Verdict]) -> np.ndarray:
-        seen.append(group.id)
-        return np.array([verdict.score for verdict in verdicts], np.float32) * 2
-
-    learner, queue, reports = make(
-        tmp_path, table_dir, steps=1, shape=shape, keep=lambda group, reward_G: "odd" if group.id.draw == 1 else ""
-    )
+    shaping = Doubles()
+    learner, queue, reports = make(tmp_path, table_dir, steps=1, shaping=lambda: shaping, max_tokens=LENGTH)
     asyncio.run(learner.run())
     assert "filtered 0 odd" in queue.calls
-    assert seen == [GroupId(0, 0), GroupId(1, 0), GroupId(2, 0), GroupId(3, 0), GroupId(1000, 0)]
-    assert reports[0].groups == 4
+    assert shaping.shaped == 5, "four groups, and the one that took the place of the filtered one"
+    assert reports[0].groups == 4 and reports[0].filtered == {"odd": 1}
+    scores = [verdict.score for group in queue.batches[0].verdicts for verdict in group.verdicts]
+    assert reports[0].reward == pytest.approx(2 * np.mean(scores), abs=1e-6)
+    assert len(reports[0].samples) == 4
+
+
+class Doubles(Unshaped):
+    """Doubles rewards, and filters the second group it sees."""
+
+    words = frozenset({"text_G"})
+
+    def __init__(self) -> None:
+        self.shaped = 0
+
+    def shape(self, have):
+        assert len(have["text_G"]) == len(have["reward_G"]) and have["max_tokens"] == LENGTH and have["step"] == 0
+        self.shaped += 1
+        return have["reward_G"] * 2
+
+    def keep(self, have):
+        return "odd" if self.shaped == 2 else ""
+
+
+def test_filters_that_leave_nothing_end_the_run_with_their_names(tmp_path, table_dir):
+    class Nothing(Unshaped):
+        def keep(self, have):
+            return "never"
+
+    learner, _, _ = make(tmp_path, table_dir, shaping=Nothing, max_filtered=3)
+    with pytest.raises(TrainingError, match=r"step 0: 16 groups were filtered and its batch of 4 is not full .*never"):
+        asyncio.run(learner.run())
+
+
+def test_several_steps_on_a_batch_have_one_version_and_the_policy_before_them_as_proximal(tmp_path, table_dir):
+    objective = {**GRPO, "surrogate": {"name": "clip", "low": 1e-3, "high": 1e-3}}
+    learner, queue, reports = make(
+        tmp_path, table_dir, objective=objective, steps=3, updates=Updates(epochs=3, minibatches=2)
+    )
+    asyncio.run(learner.run())
+    assert queue.announced == [0, 1, 2, 3]
+    assert learner._optimiser.steps == 18
+    for report in reports:
+        assert report.numbers.metrics["clipped"] > 0.2, "later steps leave so narrow a range around the first's policy"
+        assert sum(lag.tokens for lag in report.numbers.by_lag.values()) == report.tokens
+    once, _, alone = make(tmp_path / "once", table_dir, objective=objective, steps=3)
+    asyncio.run(once.run())
+    assert all(report.numbers.metrics["clipped"] == 0 for report in alone), "one step is made where the ratio is 1"
+
+
+@pytest.mark.parametrize(
+    ("reference", "expected"), [("frozen", 0.0), ({"name": "ema", "decay": 0.5}, 0.5), ("snapshot", 0.0)]
+)
+def test_a_reference_follows_the_policy_as_the_recipe_says(tmp_path, table_dir, reference, expected):
+    objective = {**GRPO, "penalties": [{"name": "k3", "coefficient": 1e-6}], "reference": reference}
+    learner, _, _ = make(tmp_path, table_dir, objective=objective, reference=table_dir, steps=1)
+    before = TableForCausalLM.from_pretrained(table_dir).table.detach()
+    asyncio.run(learner.run())
+    moved = (learner.policy.model.table - before).detach()
+    followed = (learner.policy.reference.table - before).detach()
+    assert moved.abs().max() > 0.01
+    torch.testing.assert_close(followed, expected * moved)
+
+
+def test_a_reference_that_moves_is_resumed_where_it_was(tmp_path, table_dir):
+    objective = {**GRPO, "penalties": [{"name": "k3", "coefficient": 0.1}], "reference": {"name": "ema", "decay": 0.7}}
+    kwargs = {
+        "objective": objective,
+        "reference": table_dir,
+        "config": CONFIG.model_copy(update={"checkpoint_keep": 2}),
+    }
+    whole, _, _ = make(tmp_path / "whole", table_dir, steps=8, **kwargs)
+    asyncio.run(whole.run())
+    learner, queue, _ = make(tmp_path / "cut", table_dir, steps=7, **kwargs)
+    asyncio.run(learner.run())
+    step, directory, digest = queue.commits[0]
+    again = TableQueue(queue.store)
+    again.batches = dict(queue.batches)
+    again.resumption = Resumption(epoch=2, step=step, version=20, directory=directory, digest=digest)
+    learner, _, _ = make(tmp_path / "cut", table_dir, store=queue.store, queue=again, steps=8, **kwargs)
+    asyncio.run(learner.run())
+    assert torch.equal(learner.policy.reference.table, whole.policy.reference.table)
+    assert not torch.equal(whole.policy.reference.table, whole.policy.model.table)
 
 
 def test_stale_tokens_are_masked_when_the_batch_says_so(tmp_path, table_dir):

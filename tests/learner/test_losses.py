@@ -1,4 +1,4 @@
-"""Ratios, surrogates, corrections, penalties and objectives: closed-form value AND gradient of each.
+"""Ratios, surrogates, penalties and objectives: closed-form value AND gradient of each.
 
 `slope(f, x)` is the gradient of sum(f(x)); the formula stands beside each expected number.
 """
@@ -11,10 +11,9 @@ import torch
 
 from millrace.core import catalogue
 from millrace.learner.aggregations import sequence_mean
-from millrace.learner.corrections import icepop, truncated_importance
 from millrace.learner.objectives import nll
-from millrace.learner.penalties import entropy, k1, k2, k3
-from millrace.learner.ratios import behaviour, behaviour_sequence, sequence, token
+from millrace.learner.penalties import entropy, k1, k2, k3, k3_unbiased
+from millrace.learner.ratios import behaviour, behaviour_sequence, sequence, sequence_product, token
 from millrace.learner.sequences import Sequences
 from millrace.learner.surrogates import cispo, clip, policy_gradient, reinforce
 
@@ -65,6 +64,26 @@ def test_sequence_ratio_has_the_gradient_of_s_under_sequence_mean() -> None:
 
     close(by_token(LOG).sum(), direct(LOG).sum())
     close(slope(by_token, LOG), slope(direct, LOG))
+
+
+def test_sequence_product() -> None:
+    sequences = Sequences([3, 1])
+    # 2 * 1/2 * 1 = 1, and 1/5; the sum over a sequence of its T ratios has gradient T * ratio at each of its tokens
+    close(sequence_product(LOG, OLD, sequences), [1.0, 1.0, 1.0, 0.2])
+    close(slope(lambda x: sequence_product(x, OLD, sequences), LOG), [3.0, 3.0, 3.0, 0.2])
+    close(sequence_product(LOG[2:], OLD[2:], Sequences([2])), [0.2, 0.2])
+
+
+def test_sequence_product_under_sequence_mean_is_the_loss_of_the_sequence_as_one_action() -> None:
+    sequences, advantage_S = Sequences([3, 1]), torch.tensor([1.5, -2.0])
+    weight_N = torch.from_numpy(sequence_mean(sequences))
+
+    def by_token(x: torch.Tensor) -> torch.Tensor:
+        return weight_N * clip(sequence_product(x, OLD, sequences), sequences.spread(advantage_S), low=0.9, high=0.9)
+
+    # mean over both of -s * A: -(1 * 1.5 + 0.2 * -2) / 2 = -0.55, gradient -s * A / 2 on each token
+    close(by_token(LOG).sum(), torch.tensor(-0.55))
+    close(slope(by_token, LOG), [-0.75, -0.75, -0.75, 0.2])
 
 
 # Surrogates
@@ -148,29 +167,6 @@ def test_zero_advantage_gives_zero_loss_and_zero_gradient(name: str) -> None:
     assert not loss_N.any() and not gradient.any()
 
 
-# Corrections
-
-
-def test_truncated_importance() -> None:
-    close(truncated_importance(LOG, OLD, cap=1.5), [1.5, 0.5, 1.0, 0.2])  # min(ratio, cap)
-    huge = truncated_importance(torch.tensor([0.0]), torch.tensor([-500.0]), cap=2.0)
-    close(huge, [2.0])  # exp(500) overflows; the cap does not
-
-
-def test_icepop() -> None:
-    close(icepop(LOG, OLD, low=0.4, high=1.5), [0.0, 0.5, 1.0, 0.0])  # ratios 2, 1/2, 1, 1/5
-
-
-@pytest.mark.parametrize("name", catalogue.names("millrace.learner.corrections"))
-def test_corrections_carry_no_gradient(name: str) -> None:
-    words = ("proximal_logprob_N", "behaviour_logprob_N")
-    method = catalogue.resolve(name, folder="millrace.learner.corrections", words=words, slot="correction")
-    x = LOG.clone().requires_grad_()
-    weight_N = method.call({"proximal_logprob_N": x, "behaviour_logprob_N": OLD})
-    assert not weight_N.requires_grad
-    close(method.call({"proximal_logprob_N": LOG, "behaviour_logprob_N": LOG}), [1.0] * 4)  # on-policy: 1
-
-
 # Penalties
 
 
@@ -193,6 +189,28 @@ def test_k3() -> None:
 def test_k3_is_exact_near_zero() -> None:
     """q - log q - 1 of q = exp(1e-4) is 5.0e-9; in float32, exp(1e-4) - 1e-4 - 1 would keep no digit of it."""
     assert float(k3(torch.tensor(0.0), torch.tensor(1e-4), coefficient=1e9)) == pytest.approx(5.0, rel=1e-3)
+
+
+def test_k3_unbiased() -> None:
+    mu = torch.tensor([0.25, 0.2, 0.45, 0.2]).log()  # weights 2, 1, 2, 1/2; q as in test_k3
+    expected = [2 * 0.19314718, 0.30685282, 0.0, 0.5 * 2.39056209]  # w * (q - log q - 1)
+    close(k3_unbiased(LOG, OLD, mu, coefficient=1.0), expected)
+    # c * w * log(pi / ref), log(pi / ref) = log 2, -log 2, 0, -log 5
+    gradient = [4 * math.log(2), -2 * math.log(2), 0.0, -math.log(5)]
+    close(slope(lambda x: k3_unbiased(x, OLD, mu, coefficient=2.0), LOG), gradient)
+
+
+def test_k3_unbiased_descends_the_reverse_divergence_whoever_sampled() -> None:
+    """Expectation over a whole vocabulary under a sampler that is neither the policy nor the reference."""
+    logits = torch.tensor([0.3, -1.0, 0.7], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-0.2, 0.4, 0.1], dtype=torch.float64).log_softmax(0)
+    sampler = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).log_softmax(0)
+    expected = (sampler.exp() * k3_unbiased(logits.log_softmax(0), reference, sampler, coefficient=1.0)).sum()
+    logprob = logits.log_softmax(0)
+    divergence = (logprob.exp() * (logprob - reference)).sum()
+    torch.testing.assert_close(expected, divergence)
+    (got,), (gradient,) = torch.autograd.grad(expected, logits), torch.autograd.grad(divergence, logits)
+    torch.testing.assert_close(got, gradient, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(

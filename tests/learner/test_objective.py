@@ -11,11 +11,17 @@ import torch
 
 from millrace.core import recipe
 from millrace.core.errors import RecipeError, TrainingError
-from millrace.learner.objective import Loss, Mean, Objective
+from millrace.learner.metrics import Mean
+from millrace.learner.objective import Loss, Objective
 from millrace.learner.sequences import Sequences
 
 REFERENCE = frozenset({"reference"})
 GRPO = recipe.load("grpo").objective
+
+
+def one_token_each(reward_G: Any) -> dict[str, Any]:
+    """The words of a group whose responses have one token each."""
+    return {"reward_G": reward_G, "length_G": np.ones(len(reward_G), int), "sequences": Sequences([1] * len(reward_G))}
 
 
 class Ragged:
@@ -36,21 +42,32 @@ class Ragged:
             "reference_logprob_N": torch.tensor(policy + 0.5 * random.normal(size=n), dtype=dtype),
         }
         self.entropy_N = torch.tensor(random.exponential(1.0, n), dtype=dtype, requires_grad=True)
+        self.staleness_N = torch.tensor(random.integers(0, 4, n))
 
     def have(self, objective: Objective, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
         words: dict[str, Any] = {"logprob_N": self.logprob_N, "entropy_N": self.entropy_N, **self.data}
         if objective.learns_from_rewards:
-            advantages = [objective.advantages({"reward_G": r, "length_G": np.ones(5, int)}) for r in self.rewards]
-            advantage_N = self.sequences.spread(np.concatenate(advantages))
+            advantages = [objective.advantages(self.group(at)) for at in range(4)]
+            advantage_N = objective.normalised(np.concatenate(advantages), self.sequences, group_S=self.group_S)
             words["advantage_N"] = torch.tensor(advantage_N, dtype=self.logprob_N.dtype)
         weight_N = objective.token_weights(self.sequences, group_S=self.group_S)
         words |= {"weight_N": torch.tensor(weight_N, dtype=self.logprob_N.dtype), "sequences": self.sequences}
+        words |= {"staleness_N": self.staleness_N, "reward_S": torch.tensor(self.rewards.ravel())}
+        words["group_S"] = np.arange(20) // (2 if objective.keeps_groups_whole else 5)  # what compares, compares pairs
         return {word: value for word, value in words.items() if word not in without}
+
+    def group(self, at: int) -> dict[str, Any]:
+        """The words of one group."""
+        part = slice(5 * at, 5 * at + 5)
+        tokens, sequences = self.sequences.tokens(part), self.sequences[part]
+        scored = {word: x_N[tokens].numpy() for word, x_N in self.data.items()}
+        return {"reward_G": self.rewards[at], "length_G": sequences.lengths_S, "sequences": sequences, **scored}
 
     def part(self, have: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
         """The words of some whole sequences, which are sequences start to stop."""
         cut = self.sequences.tokens(slice(start, stop))
-        return {word: value[slice(start, stop) if word == "sequences" else cut] for word, value in have.items()}
+        of_sequences = ("sequences", "group_S", "reward_S")
+        return {word: value[slice(start, stop) if word in of_sequences else cut] for word, value in have.items()}
 
     def padded(self, x_N: torch.Tensor) -> torch.Tensor:
         """[S, T], zeros behind each sequence's end."""
@@ -128,18 +145,18 @@ def test_nll_against_cross_entropy() -> None:
     torch.testing.assert_close(gradient(loss.value, logits), gradient(expected, logits), atol=1e-8, rtol=0)
     assert loss.metrics["objectives.nll"].value == pytest.approx(expected.item())
     assert not objective.learns_from_rewards
-    with pytest.raises(RecipeError, match="a supervised objective has no advantages"):
-        objective.advantages({"reward_G": np.ones(2)})
+    assert not objective.advantages(one_token_each(np.ones(2))).any()
 
 
 @pytest.mark.parametrize("name", recipe.names())
 def test_micro_batches_add_up_to_the_batch(name: str) -> None:
-    """Value, gradient and metrics; cut anywhere between sequences."""
+    """Value, gradient and metrics; cut anywhere between sequences, or between the groups of what compares them."""
     batch, objective = Ragged(3), Objective.of(recipe.load(name).objective, models=REFERENCE)
     have = batch.have(objective)
     whole = objective(have)
     for cuts in ([0, 20], [0, 7, 20], [0, 1, 2, 11, 20], list(range(21))):
-        parts = [objective(batch.part(have, a, b)) for a, b in pairwise(cuts)]
+        allowed = [cut for cut in cuts if cut % 2 == 0 or not objective.keeps_groups_whole]
+        parts = [objective(batch.part(have, a, b)) for a, b in pairwise(allowed)]
         total = torch.stack([part.value for part in parts]).sum()
         torch.testing.assert_close(total, whole.value, atol=1e-12, rtol=0)
         torch.testing.assert_close(
@@ -167,10 +184,16 @@ def test_padding_never_existed(name: str) -> None:
 def test_skipping_groups_without_advantage_is_exact_where_it_is_said_to_be(name: str) -> None:
     batch, objective = Ragged(5), Objective.of(recipe.load(name).objective, models=REFERENCE)
     have = batch.have(objective)
-    whole, rest = objective(have), objective(batch.part(have, 5, 20))  # the first group's rewards are all equal
-    same = torch.equal(gradient(whole.value, batch.logprob_N), gradient(rest.value, batch.logprob_N))
+    if "advantage_N" in objective.asks:
+        have["advantage_N"][batch.sequences.tokens(slice(0, 5))] = 0.0  # the first group's
+    whole, rest = objective(have), objective(batch.part(have, 5, 20))
+    parameters = (batch.logprob_N, batch.entropy_N)
+    with_it, without_it = (
+        torch.autograd.grad(loss.value, parameters, allow_unused=True, materialize_grads=True) for loss in (whole, rest)
+    )
+    same = all(torch.equal(a, b) for a, b in zip(with_it, without_it, strict=True))
     assert same == objective.zero_advantage_is_zero_loss
-    assert objective.zero_advantage_is_zero_loss == (name not in ("grpo_kl", "sft"))
+    assert objective.zero_advantage_is_zero_loss == (objective.loss is None and not objective.penalties)
 
 
 def test_zero_advantage_is_not_claimed_for_what_nobody_knows(tmp_path: Path) -> None:
@@ -302,7 +325,7 @@ def own(tmp_path: Path, body: str) -> str:
         ("ratio", "def f(ratio_N): return ratio_N\n", "A ratio may ask for advantage_N, behaviour_logprob_N,"),
         ("surrogate", "def f(advantage_n): return 0\n", "asks for 'advantage_n'; did you mean 'advantage_N'?"),
         ("penalty", "async def f(logprob_N): return 0\n", "is an async function: only verifiers may be"),
-        ("advantage", "def f(logprob_N): return 0\n", "An advantage may ask for length_G, reward_G."),
+        ("advantage", "def f(logprob_N): return 0\n", "An advantage may ask for behaviour_logprob_N, length_G,"),
     ],
 )
 def test_ones_own_method_is_checked_before_anything_starts(tmp_path: Path, slot: str, body: str, message: str) -> None:
@@ -345,7 +368,7 @@ def test_a_method_with_memory_is_saved_and_restored_with_the_objective(tmp_path:
     )
     table = {"advantage": {"name": own(tmp_path, body), "decay": 0.9}}
     first, second = Objective.of(table), Objective.of(table)
-    group = {"reward_G": np.array([1.0, 0.0], np.float32), "length_G": np.ones(2, int)}
+    group = one_token_each(np.array([1.0, 0.0], np.float32))
     first.advantages(group)
     second.restore(first.memory())
     assert first.memory() == {"advantage": {"mean": pytest.approx(0.05)}}
@@ -355,7 +378,7 @@ def test_a_method_with_memory_is_saved_and_restored_with_the_objective(tmp_path:
 
 
 def test_a_group_without_valid_members_has_no_advantages() -> None:
-    assert Objective.of({"advantage": "rloo"}).advantages({"reward_G": np.empty(0)}).shape == (0,)
+    assert Objective.of({"advantage": "rloo"}).advantages(one_token_each(np.empty(0))).shape == (0,)
 
 
 def test_it_says_its_formula() -> None:

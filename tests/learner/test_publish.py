@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from millrace.core.protocols import WeightHandle
-from millrace.core.weights import digest_of, view_of, views, write
+from millrace.core.weights import digest_of, factors_of, identity_of, view_of, views, write
+from millrace.learner.config import LoraConfig
+from millrace.learner.lora import Adapters
 from millrace.learner.model import Policy
 from millrace.learner.publish import Publisher, probe_sequences
 
@@ -99,3 +101,46 @@ def test_half_precision_is_allowed_as_much_as_these_weights_round(make_model):
         model.lm_head.weight.mul_(20)
     gap, tolerance = gap_and_tolerance()
     assert 0.1 < gap < tolerance
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_of_adapters_the_factors_alone_are_published(name, make_model, tmp_path):
+    """A receiver that has the base adds the scaled products, and computes what the learner does."""
+    model, base = make_model(name), make_model(name)
+    policy = Policy(model, adapters=Adapters(model, LoraConfig(rank=2, alpha=3), name="base", seed=0))
+    publisher = Publisher(policy, dtype="bfloat16", probe_every=1)
+    first, buffer = publisher.pack(version=0, step=0, epoch=1)
+    whole = sum(p.numel() for p in base.parameters()) * 4
+    assert buffer.size < whole / 3
+    assert {tensor.dtype for tensor in first.tensors} == {"float32"}, "half precision would round twice"
+    assert first.adapter.dtype == "bfloat16" and first.adapter.scale == 1.5
+    assert first.adapter.base == identity_of((n, p.detach().numpy()) for n, p in base.named_parameters())
+    with torch.no_grad():
+        for _, factor in policy.adapters.factors():
+            factor.add_(torch.linspace(-0.2, 0.2, factor.numel()).view(factor.shape))
+    second, again = publisher.pack(version=1, step=1, epoch=1)
+    assert again is not None and again.ctypes.data == buffer.ctypes.data and first.digest != second.digest
+    held = views(write(tmp_path, second, again))
+    parameters = dict(base.named_parameters())
+    with torch.no_grad():
+        for weight, (b, a) in factors_of(second.tensors).items():
+            parameters[weight].add_(second.adapter.scale * torch.from_numpy(held[b.name] @ held[a.name]))
+    for probe in second.probes:
+        assert np.abs(Policy(base).score(probe.tokens_T) - probe.logprob_T).max() < 1e-5
+    moved = max(np.abs(a.logprob_T - b.logprob_T).max() for a, b in zip(first.probes, second.probes, strict=True))
+    assert moved > 0.1
+
+
+def test_merged_weights_in_half_precision_stay_within_the_tolerance(make_model):
+    """They are rounded after the sum; the tolerance is measured where base and adapters are rounded apart."""
+    model = make_model("qwen2-untied")
+    policy = Policy(model, adapters=Adapters(model, LoraConfig(rank=2, alpha=4), name="base", seed=0))
+    with torch.no_grad():
+        for _, factor in policy.adapters.factors():
+            factor.add_(torch.linspace(-0.3, 0.3, factor.numel()).view(factor.shape))
+    manifest, _ = Publisher(policy, dtype="bfloat16").pack(version=0, step=0, epoch=1)
+    engine = make_model("qwen2-untied")
+    engine.load_state_dict(dict(policy.weights()))
+    engine = Policy(engine.to(torch.bfloat16))
+    gap = max(np.abs(engine.score(probe.tokens_T) - probe.logprob_T).max() for probe in manifest.probes)
+    assert 1e-3 < gap < manifest.tolerance

@@ -38,7 +38,7 @@ def micro_of(group: int):
         behaviour_logprob_T=np.full(4, -4.0, np.float32),
         lag_T=np.zeros(4, np.int32),
         place_N=np.arange(4),
-        advantage=1.0,
+        advantage_N=np.ones(4, np.float32),
         weight_N=np.full(4, 1 / 8, np.float32),
     )
     return pack([sample])

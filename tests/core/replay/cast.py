@@ -54,3 +54,5 @@ class Budget:
     work: int = 0
     beat: int = 0
     leave: int = 0
+    revert: int = 0
+    lose: int = 0

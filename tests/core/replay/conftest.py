@@ -8,4 +8,4 @@ import pytest
 @pytest.fixture(scope="session")
 def explorer_limit() -> int:
     """States to expand per scene."""
-    return int(os.environ.get("MILLRACE_EXPLORER_STATES", "1500"))
+    return int(os.environ.get("MILLRACE_EXPLORER_STATES", "1000"))

@@ -8,7 +8,7 @@ from random import Random
 
 from tests.core.replay.world import World
 
-FAULTS = {"crash", "judge_crash", "learner_crash", "late", "judge_fail", "filter", "leave"}
+FAULTS = {"crash", "judge_crash", "learner_crash", "late", "judge_fail", "filter", "leave", "revert", "lose"}
 
 
 @dataclass

@@ -24,9 +24,16 @@ def config(**changes: object) -> QueueConfig:
 
 
 def scene(
-    queue: QueueConfig, *, forgetful: bool = False, engines: int = 1, judges: int = 1, **faults: int
+    queue: QueueConfig,
+    *,
+    forgetful: bool = False,
+    frugal: bool = False,
+    engines: int = 1,
+    judges: int = 1,
+    **faults: int,
 ) -> Callable[[], World]:
-    return lambda: World(queue, engines=engines, judges=judges, forgetful=forgetful, budget=Budget(**faults))
+    behaviour = {"forgetful": forgetful, "frugal": frugal}
+    return lambda: World(queue, engines=engines, judges=judges, budget=Budget(**faults), **behaviour)
 
 
 SCENES = {
@@ -50,6 +57,14 @@ SCENES = {
     "requeue": scene(config(steps=3, stale="requeue", requeues=1)),
     "mask": scene(config(steps=3, stale="mask")),
     "train": scene(config(steps=3, stale="train")),
+    "revert": scene(config(keep_commits=2), revert=1, learner_crash=1),
+    "reuse": scene(config(steps=4, max_lag=3, reuse=2), frugal=True),
+    "reuse, pairs": scene(config(groups_per_step=2, steps=3, reuse=2)),
+    "reuse, restarts": scene(config(steps=3, max_lag=2, reuse=2), learner_crash=2, filter=1),
+    "reuse, forgetful filter": scene(config(reuse=2), forgetful=True, learner_crash=1, filter=1),
+    "reuse, revert": scene(config(steps=3, max_lag=2, reuse=2, keep_commits=2), revert=1, filter=1),
+    "reuse, lost payloads": scene(config(steps=3, max_lag=2, reuse=2), lose=2),
+    "reuse, mask": scene(config(steps=4, stale="mask", max_lag=2, reuse=3), filter=1),
 }
 
 _FAULTS = {
@@ -62,13 +77,15 @@ _FAULTS = {
     "filter": 3,
     "work": 8,
 }
-_FAULTS |= {"beat": 3, "leave": 2}
+_FAULTS |= {"beat": 3, "leave": 2, "revert": 1, "lose": 1}
+
+_LONGER = {"steps": 4}
 
 # Larger, for random walks: too many states to visit all.
 LARGE = {
-    f"{stale}, lag {lag}": scene(
+    f"{stale}, lag {lag}" + (f", reuse {more['reuse']}" if "reuse" in more else ""): scene(
         config(
-            groups_per_step=size, group_size=2, steps=4, max_lag=lag, stale=stale, requeues=stale == "requeue", **more
+            groups_per_step=size, group_size=2, max_lag=lag, stale=stale, requeues=stale == "requeue", **_LONGER | more
         ),
         engines=3,
         judges=2,
@@ -84,5 +101,9 @@ LARGE = {
         ("requeue", 1, 2, False, {"stale_then": "mask"}),
         ("mask", 0, 2, True, {}),
         ("train", 2, 2, False, {"selector": "deadline"}),
+        ("wait", 3, 2, False, {"steps": 6, "reuse": 2}),
+        ("wait", 4, 2, True, {"steps": 6, "reuse": 3, "keep_commits": 2}),
+        ("drop", 2, 2, False, {"reuse": 2, "keep_commits": 2}),
+        ("mask", 3, 2, True, {"reuse": 2}),
     ]
 }

@@ -21,8 +21,9 @@ class LedgerMachine(RuleBasedStateMachine):
         size=st.integers(1, 2),
         forgetful=st.booleans(),
         keep=st.integers(1, 2),
+        reuse=st.integers(1, 3),
     )
-    def begin(self, stale, max_lag, per_step, size, forgetful, keep):
+    def begin(self, stale, max_lag, per_step, size, forgetful, keep, reuse):
         requeues = 2 if stale == "requeue" else 0
         queue = config(
             groups_per_step=per_step,
@@ -30,8 +31,9 @@ class LedgerMachine(RuleBasedStateMachine):
             max_lag=max_lag,
             stale=stale,
             requeues=requeues,
-            steps=3,
+            steps=3 if reuse == 1 else 5,
             keep_commits=keep,
+            reuse=min(reuse, max_lag + 1),
         )
         faults = Budget(**dict.fromkeys(Budget.__slots__, 100))
         self.world = World(queue, engines=2, judges=2, forgetful=forgetful, budget=faults, record=True)

@@ -15,20 +15,10 @@ from millrace.core.replay.step_rules import StepRules
 from millrace.core.replay.transaction import Transaction
 from millrace.core.replay.versions import Versions
 from millrace.core.replay.waste import QUEUED
-from tests.core.replay.explorer import explore, walk
-from tests.core.replay.scenarios import LARGE, SCENES
+from tests.core.replay.planted import hunt, into
 
 MUTANTS = {}
-
-
-def mutant(found_by: str):
-    """The scene that must find it: small ones exhaustively, large ones by random walks."""
-
-    def register(plant):
-        MUTANTS[plant.__name__] = (plant, found_by)
-        return plant
-
-    return register
+mutant = into(MUTANTS)
 
 
 # -- leases (loop.md section 2)
@@ -133,12 +123,12 @@ def one_valid_verdict_is_enough(patch):
 
 @mutant("plain")
 def draws_beyond_the_last_step(patch):
-    patch.setattr(DrawRules, "_needed", lambda self: 100)
+    patch.setattr(DrawRules, "_needed", lambda self, alive: 100)
 
 
 @mutant("synchronous")
 def filtered_places_are_never_refilled(patch):
-    patch.setattr(DrawRules, "_needed", lambda self: 4 - self.state.next_draw)
+    patch.setattr(DrawRules, "_needed", lambda self, alive: 4 - self.state.next_draw)
 
 
 @mutant("synchronous")
@@ -291,15 +281,6 @@ def repeated_trained_makes_another_step(patch):
         return version
 
     patch.setattr(StepRules, "trained", trained)
-
-
-def hunt(scene: str) -> None:
-    """Raises AssertionError when the scene finds something."""
-    if scene in LARGE:
-        walk(LARGE[scene], walks=120, length=160)
-    else:
-        explored = explore(SCENES[scene], limit=1500)
-        assert not explored.stuck, f"a run cannot end after {explored.stuck[0]}"
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -114,6 +114,7 @@ def test_a_run_from_the_first_draw_to_the_last_commit():
             assert [g.prompt.id for g in groups] == [f"p{g.id.draw}" for g in groups]
             assert taken.verdicts[0].verdicts[1].components == {"exact": 0.5}
             assert all(len(lags) == 2 and max(lags) <= 1 for lags in taken.lag)
+            assert taken.uses == [0, 0]
             tokens = sum(g.tokens for g in groups)
             version = await queue.trained(step=step, epoch=epoch, feedback=Feedback(trained_tokens=tokens))
             await queue.announce(version=version, epoch=epoch)
@@ -275,6 +276,31 @@ def test_the_queue_restarts_from_its_journal():
         assert [(x.id, x.seeds) for x in again.leases] == [(x.id, x.seeds) for x in grant.leases]
         (receipt,) = await reborn.put(group_of(grant.leases[0]))
         assert receipt.accepted
+
+    run(main())
+
+
+def test_every_use_of_a_group_has_its_payload_also_after_a_restart():
+    async def main():
+        journal = MemoryJournal(keep_records=True)
+        rig = await Rig(journal, reuse=2, max_lag=4, steps=4).start()
+        epoch, version, packs = rig.learner.epoch, 0, []
+        for step in range(4):
+            await rig.fill(4, version)
+            taken = await rig.queue.take(step=step, epoch=epoch, wait_s=0)
+            reborn = Rig(journal, reuse=2, max_lag=4, steps=4)
+            assert await reborn.queue.take(step=step, epoch=epoch, wait_s=0) == taken
+            packs.append(
+                [(group.id.draw, use) for group, use in zip(schema.decode(taken.pack), taken.uses, strict=True)]
+            )
+            version = await rig.queue.trained(step=step, epoch=epoch, feedback=Feedback(trained_tokens=12))
+            await rig.queue.announce(version=version, epoch=epoch)
+            await rig.queue.commit(step=step + 1, directory=f"step_{step + 1}.1", digest="d", epoch=epoch)
+        assert sorted(use for pack in packs for use in pack) == [(draw, use) for draw in range(4) for use in range(2)]
+        assert journal.bytes == 0, "payloads of the last uses are still held"
+        status = await rig.queue.status()
+        assert status.tokens["trained"] == status.tokens["reused"] == 24 and status.states["committed"] == 4
+        assert sum(status.lag_histogram.values()) == 16
 
     run(main())
 

@@ -1,22 +1,21 @@
 """A small world around the production ledger: engines, judges and a learner that crash, repeat and come late."""
 
 from collections import Counter
-from functools import partial
 from math import ceil
 
 from millrace.core.errors import Fenced
-from millrace.core.protocols import Feedback, Role
+from millrace.core.protocols import Role
 from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.draws import OPEN, State
 from millrace.core.replay.ledger import Ledger
 from millrace.core.types import GroupId, GroupVerdict, Verdict
 from tests.core.replay.cast import BROKEN, OK, Budget, Engine, Hand
-from tests.core.replay.oracle import Oracle
+from tests.core.replay.learner_side import LearnerSide
 
 _CONFIGS: dict[int, QueueConfig] = {}  # clones of a world share its configuration; only what changes is copied
 
 
-class World(Oracle):
+class World(LearnerSide):
     def __init__(
         self,
         config: QueueConfig,
@@ -27,6 +26,7 @@ class World(Oracle):
         tick_s: float = 6.0,
         record: bool = False,
         forgetful: bool = False,  # the restarted learner's filter does not know what the earlier one threw out
+        frugal: bool = False,  # nothing ages and nothing fails: no use may be left over
     ):
         _CONFIGS[id(config)] = config
         self.config, self.budget, self.tick_s = config, budget, tick_s
@@ -47,9 +47,11 @@ class World(Oracle):
         self.accepted: set[GroupId] = set()
         self.committed = 0
         self.forked = False
-        self.rejects: set[GroupId] = set()  # what the recipe's filter throws out; the same after a restart
+        self.rejects: set[tuple[GroupId, int]] = set()  # the uses that the filter throws out; the same after a restart
+        self.lost: set[GroupId] = set()  # their payloads did not survive
+        self.sizes: dict[GroupId, int] = {}  # tokens of each accepted group
         self.returned = 0  # groups that a filter threw out and a restart may bring back
-        self.forgetful = forgetful
+        self.forgetful, self.frugal = forgetful, frugal
         for engine in self.engines:
             self._enter(engine)
         for name in self.judges:
@@ -108,23 +110,6 @@ class World(Oracle):
             out += [("tick",)] if budget.tick else []
         return out + self._learner_actions()
 
-    def _learner_actions(self) -> list[tuple]:
-        state, budget, out = self.ledger.state, self.budget, []
-        if self.pending is not None:
-            out.append(("announce",))
-        if state.step < self.config.steps:
-            if self.taken is None:
-                out.append(("take",))
-            elif self.pending is None:
-                out.append(("train",))
-            if self.taken and budget.filter:
-                out.append(("filter",))
-        if state.step > self.committed and self.pending is None:
-            out.append(("commit",))
-        if budget.learner_crash and (state.step > self.committed or self.taken):
-            out.append(("learner_crash",))
-        return out
-
     def do(self, action: tuple) -> bool:
         """Make one action, then check everything. False: it had no effect."""
         effect = getattr(self, f"_do_{action[0]}")(*action[1:])
@@ -155,7 +140,9 @@ class World(Oracle):
         state = self.ledger.state
         lag = self.lag(engine.version, state.step)
         due = state.step + self.config.max_lag - lag
-        places = Counter(draw.step for draw in state.draws.values() if draw.state is State.IN_STEP)
+        places = Counter(
+            k for k, b in state.batches.items() if k >= state.step for e in b.entries if e.draw not in b.filtered
+        )
         ahead = sum(min(self.config.groups_per_step, places[step]) for step in places if step <= due)
         live = ahead + sum(draw.state in OPEN for draw in state.draws.values())
         self.ids += 1
@@ -216,6 +203,7 @@ class World(Oracle):
         if receipt.accepted:
             assert hand.id not in self.accepted, f"{hand.id} accepted twice"
             self.accepted.add(hand.id)
+            self.sizes[hand.id] = len(hand.runs)
         engine.old = [*engine.old, hand][-2:]
 
     def _do_late(self, i: int) -> None:
@@ -299,100 +287,3 @@ class World(Oracle):
     def _do_judge_crash(self, name: str) -> None:
         self.budget.judge_crash -= 1
         self.judges[name] = (self.ledger.join(name, role=Role.REWARD, slots=4), [])
-
-    # -- the learner
-
-    def _learner_joins(self) -> None:
-        resumption = self.ledger.join_learner()
-        assert resumption.step == self.committed, "the learner resumes where no commit was"
-        self.epoch = resumption.epoch
-        self.history = self.history[: resumption.step]
-        self.path = self.path[: resumption.step + 1] or [0]
-        self.taken = None
-        self._reserve(resumption.version)
-
-    def _reserve(self, version: int) -> None:
-        assert version == len(self.paths), f"version {version} was used before"
-        self.paths.append(tuple(self.path))
-        self.pending = version
-
-    def _do_announce(self) -> None:
-        self.ledger.announce(version=self.pending, epoch=self.epoch)
-        self.pending = None
-
-    def _do_take(self) -> bool:
-        step = self.ledger.state.step
-        known = step in self.ledger.state.batches
-        open_before = {index for index, draw in self.ledger.state.draws.items() if draw.state in OPEN}
-        before = dict(self.ledger.state.counts)
-        entries = self._take_filtered(step)
-        if entries is None:
-            return self.ledger.state.counts != before
-        ids = [GroupId(entry.draw, entry.attempt) for entry in entries]
-        again = [GroupId(e.draw, e.attempt) for e in self.ledger.take(step=step, epoch=self.epoch)]
-        assert ids == again, f"take({step}) gave {ids}, then {again}"
-        assert len(set(ids)) == len(ids) == self.config.groups_per_step
-        if step in self.recorded:
-            kept = self.recorded[step][: len(ids)]
-            assert ids[: len(kept)] == kept, f"step {step} was {kept} and is redone with {ids}"
-        self.recorded[step] = ids
-        if not known:
-            self._check_fresh(step, entries, open_before)
-        self.taken = ids
-        return True
-
-    def _take_filtered(self, step: int) -> list | None:
-        """Take, and filter again what the recipe's filter threw out before a restart."""
-        while entries := self.ledger.take(step=step, epoch=self.epoch):
-            gone = {(e.draw, e.attempt) for e in entries} & self.rejects
-            if not gone:
-                return entries
-            self.ledger.filtered(step=step, epoch=self.epoch, groups={GroupId(*g): "zero" for g in gone})
-        return None
-
-    def _do_filter(self) -> None:
-        self.budget.filter -= 1
-        step = self.ledger.state.step
-        gone = self.taken[0]
-        for _ in range(2):
-            self.ledger.filtered(step=step, epoch=self.epoch, groups={gone: "zero"})
-        self.rejects.add(gone)
-        self.returned += 1
-        self.recorded[step] = self.taken[1:]
-        self.taken = None
-
-    def _do_train(self) -> None:
-        step = self.ledger.state.step
-        tokens = sum(self.ledger.state.draws[group.draw].tokens for group in self.taken)
-        masked = min(1, tokens) if self.ledger.masks else 0
-        feedback = Feedback(trained_tokens=tokens - masked, masked_tokens=masked)
-        version = self.ledger.trained(step=step, epoch=self.epoch, feedback=feedback)
-        assert self.ledger.trained(step=step, epoch=self.epoch, feedback=feedback) == version
-        self.history.append(self.taken)
-        self.node += 1
-        self.path.append(self.node)
-        self.taken = None
-        self._reserve(version)
-
-    def _do_commit(self) -> None:
-        step = self.ledger.state.step
-        call = {"step": step, "directory": f"step_{step}.{self.epoch}", "digest": "d", "epoch": self.epoch}
-        self.ledger.commit(**call)
-        self.ledger.commit(**call)
-        self.committed = step
-
-    def _do_learner_crash(self) -> None:
-        self.budget.learner_crash -= 1
-        self.forked = True
-        old, step = self.epoch, self.ledger.state.step
-        if self.forgetful:
-            self.rejects = set()
-            self.recorded = {k: ids for k, ids in self.recorded.items() if k < self.committed}
-        self._learner_joins()
-        for late in (self.ledger.take, partial(self.ledger.commit, directory="late", digest="d")):
-            try:
-                late(step=step, epoch=old)
-            except Fenced:
-                continue
-            raise AssertionError("a learner that was replaced may still take or commit")
-        self._do_announce()

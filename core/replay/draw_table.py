@@ -1,0 +1,162 @@
+"""The ledger's data, and the moves that keep every index, count and row of the books in step with the draws."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from heapq import heappush
+
+from millrace.core.replay.draws import LIVE, OPEN, Batch, Commit, Draw, State, Worker
+from millrace.core.replay.journal import Location
+from millrace.core.replay.leases import Leases
+from millrace.core.replay.versions import Versions, possible
+from millrace.core.replay.waste import IN_FLIGHT, QUEUED, Books
+
+_ROWS = {
+    State.LEASED: IN_FLIGHT,
+    State.GENERATED: QUEUED,
+    State.JUDGING: QUEUED,
+    State.SCORED: QUEUED,
+    State.IN_STEP: QUEUED,
+}
+
+
+@dataclass
+class DrawTable:
+    """The ledger's data, and the moves of which every record is made."""
+
+    per_step: int
+    max_lag: int
+    steps: int  # of the run
+    reuse: int  # uses of a group, at most
+    draws: dict[int, Draw] = field(default_factory=dict)  # all that may still change
+    next_draw: int = 0
+    counts: dict[State, int] = field(default_factory=lambda: dict.fromkeys(State, 0))
+    waiting: list[int] = field(default_factory=list)  # heap
+    generated: dict[int, None] = field(default_factory=dict)  # in order of arrival
+    scored: dict[int, None] = field(default_factory=dict)
+    reusable: dict[int, None] = field(default_factory=dict)  # all their uses are trained, and they may have another
+    further: int = 0  # uses that the groups of recorded batches, and the reusable, may still have
+    due: dict[int, int] = field(default_factory=dict)  # deadline -> open groups
+    ready: dict[int, int] = field(default_factory=dict)  # deadline -> scored ones
+    batches: dict[int, Batch] = field(default_factory=dict)  # by step, ascending
+    step: int = 0  # trained
+    epoch: int = 0  # of the learner
+    commits: list[Commit] = field(default_factory=lambda: [Commit(0)])
+    versions: Versions = field(default_factory=Versions)
+    workers: dict[str, Worker] = field(default_factory=dict)
+    epochs: int = 0  # of workers, all together
+    leases: Leases = field(default_factory=Leases)
+    judgings: Leases = field(default_factory=Leases)
+    books: Books = field(default_factory=Books)
+    lags: dict[int, int] = field(default_factory=dict)  # lag of the oldest token -> trained rollouts
+    inserts: int = 0  # groups ever scored
+    released: list[Location] = field(default_factory=list, compare=False)  # payloads nobody needs any more
+
+    @property
+    def live(self) -> int:
+        return sum(self.counts[state] for state in LIVE)
+
+    @property
+    def open(self) -> int:
+        return sum(self.counts[state] for state in OPEN)
+
+    def _leave(self, draw: Draw) -> None:
+        self.counts[draw.state] -= 1
+        if row := _ROWS.get(draw.state):
+            self.books.add(row, -draw.tokens)
+        if draw.state in OPEN:
+            decrease(self.due, draw.deadline)
+        if draw.state is State.GENERATED:
+            del self.generated[draw.index]
+        elif draw.state is State.SCORED:
+            del self.scored[draw.index]
+            decrease(self.ready, draw.deadline)
+        elif draw.state is State.LEASED:
+            self.leases.end(draw.index)
+        elif draw.state is State.JUDGING:
+            self.judgings.end(draw.index)
+
+    def _enter(self, draw: Draw, state: State) -> None:
+        draw.state = state
+        self.counts[state] += 1
+        if row := _ROWS.get(state):
+            self.books.add(row, draw.tokens)
+        if state in OPEN:
+            self.due[draw.deadline] = self.due.get(draw.deadline, 0) + 1
+        if state is State.GENERATED:
+            self.generated[draw.index] = None
+        elif state is State.SCORED:
+            self.scored[draw.index] = None
+            self.ready[draw.deadline] = self.ready.get(draw.deadline, 0) + 1
+        elif state is State.WAITING:
+            heappush(self.waiting, draw.index)
+
+    def _move(self, draw: Draw, state: State) -> None:
+        self._leave(draw)
+        self._enter(draw, state)
+
+    def _deadline(self, draw: Draw) -> int:
+        """Of its oldest token by lag; of the version it was granted at while no tokens are known."""
+        versions = {run[0] for runs in draw.runs for run in runs} or {draw.min_version}
+        return min(self.versions.deadline(version, self.max_lag) for version in versions)
+
+    def _end_attempt(self, draw: Draw, row: str, state: State) -> None:
+        """Book its tokens under `row`, for good, and let the draw go on without them."""
+        leased = draw.state is State.LEASED
+        self._leave(draw)
+        self.books.add(row, draw.tokens)
+        if leased:  # its engine may go on until it is told; what it reports later goes to the same row
+            self.books.meters[draw.epoch].fenced[draw.index, draw.attempt] = (row, draw.tokens)
+        self._release(draw)
+        draw.tokens = 0
+        self._enter(draw, state)
+        if state is not State.WAITING:
+            del self.draws[draw.index]
+
+    def _release(self, draw: Draw) -> None:
+        if draw.location is not None:
+            self.released.append(draw.location)
+            draw.location = None
+
+    # -- further uses
+
+    def _withdraw(self, draw: Draw, since: int) -> None:
+        """Take it out of the recorded batches from `since` on; others fill its places."""
+        for batch in (self.batches[step] for step in draw.steps if step >= since):
+            batch.entries = [entry for entry in batch.entries if entry.draw != draw.index]
+        draw.steps = [step for step in draw.steps if step < since]
+
+    def _count_further(self) -> None:
+        """After every change of batches. What can have no further use is not reusable any more."""
+        total = 0
+        for index in list(self.reusable):
+            draw = self.draws[index]
+            if uses := self._possible(draw, self.step):
+                total += uses
+            else:
+                del self.reusable[index]
+                self._let_go(draw)
+        if self.reuse > 1:
+            for step in (k for k in self.batches if k >= self.step):
+                kept = (draw for draw in self._drawn([step]) if draw.index not in self.batches[step].filtered)
+                total += sum(self._possible(draw, step + 1) for draw in kept if draw.steps[-1] == step)
+        self.further = total
+
+    def _possible(self, draw: Draw, first: int) -> int:
+        """Its uses beyond those recorded, from step `first` on."""
+        return possible(self.reuse - len(draw.steps), first=first, last=min(draw.deadline, self.steps - 1))
+
+    def _let_go(self, draw: Draw) -> None:
+        """Its payload goes with the last batch that holds it, when it can enter no other."""
+        if draw.index not in self.reusable and not any(step in self.batches for step in draw.steps):
+            self._release(draw)
+            del self.draws[draw.index]
+
+    def _drawn(self, steps: Iterable[int]) -> list[Draw]:
+        return [self.draws[entry.draw] for step in list(steps) for entry in self.batches[step].entries]
+
+
+def decrease(counts: dict[int, int], key: int) -> None:
+    """One less; what falls to zero leaves."""
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]

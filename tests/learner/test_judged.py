@@ -1,0 +1,49 @@
+"""The words of a judged group: only valid members, in their order, and texts only for who asks."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from millrace.core import words
+from millrace.core.types import GroupVerdict, Verdict, VerdictKind, VersionRun
+from millrace.learner.judged import Judged
+
+
+def test_words_of_a_group_are_those_of_its_valid_members(group_of):
+    rng = np.random.default_rng(0)
+    runs = [(VersionRun(1, 0, 2),), (VersionRun(1, 0, 3),), (VersionRun(1, 0, 1), VersionRun(3, 1, 2))]
+    group = group_of(7, 2, (2, 3, 2), rng, runs=runs)
+    group = replace(group, rollouts=(*group.rollouts[:2], replace(group.rollouts[2], finish_reason="length")))
+    verdict = GroupVerdict(
+        id=group.id,
+        verdicts=(
+            Verdict(kind=VerdictKind.SCORED, score=0.5, components={"format": 1.0}),
+            Verdict(kind=VerdictKind.JUDGE_FAILED, score=None),
+            Verdict(kind=VerdictKind.SUBJECT_FAILED, score=0.0),
+        ),
+    )
+    judged = Judged.of(group, verdict, [4, 9, 4, 2])
+    have = judged.words(step=11)
+    assert have["reward_G"].tolist() == [0.5, 0.0] and have["length_G"].tolist() == [2, 2]
+    assert have["truncated_G"].tolist() == [False, True] and have["step"] == 11
+    assert have["staleness_N"].tolist() == [4, 4, 4, 2]
+    behaviour = [group.rollouts[at].behaviour_logprob_T for at in (0, 2)]
+    np.testing.assert_array_equal(have["behaviour_logprob_N"], np.concatenate(behaviour))
+    assert have["sequences"].lengths_S.tolist() == [2, 2]
+    asked: list[int] = []
+
+    def decode(responses):
+        asked.extend(map(len, responses))
+        return ["a", "b"]
+
+    more = judged.judged_words(frozenset({"text_G"}), max_tokens=9, decode=decode)
+    assert more["failed_G"].tolist() == [False, True] and more["text_G"] == ["a", "b"] and asked == [2, 2]
+    np.testing.assert_array_equal(more["components_G"]["format"], np.array([1.0, np.nan], np.float32))
+    assert "text_G" not in judged.judged_words(frozenset(), max_tokens=9, decode=decode)
+    assert have.keys() | more.keys() | words.SCORED == words.SLOTS["shaper"]
+
+
+def test_a_group_that_nobody_could_judge_has_empty_words(group_of, judged):
+    group = group_of(0, 2, (2, 3), np.random.default_rng(0))
+    have = Judged.of(group, judged(group, (None, None)), [0, 0]).words(step=0)
+    assert all(len(have[word]) == 0 for word in ("reward_G", "length_G", "truncated_G", "staleness_N"))

@@ -1,0 +1,3 @@
+"""theirs.py is a program for another environment: nothing here imports it."""
+
+collect_ignore = ["theirs.py"]
