@@ -20,4 +20,4 @@ def score(text: str, answer: str) -> dict[str, float]:
     """
     stated = STATED.fullmatch(text.strip())
     digits = re.findall(r"\d", text)
-    return {"score": float(answer in digits), "format": float(stated is not None)}
+    return {"score": float(digits == [answer]), "format": float(stated is not None)}
