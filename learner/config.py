@@ -71,7 +71,7 @@ class LearnerConfig(OptimiserConfig):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products. Master weights, log-probabilities and the optimiser are float32."""
     gradient_checkpointing: bool = False
-    """Activations within a block are computed again in the backward pass: less memory, a second forward pass of work."""
+    """Activations within a block are computed again in the backward pass: less memory, a second forward pass."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and publish these alone; None: all weights."""
     publish_dtype: PublishedDtype = "float32"
@@ -110,7 +110,7 @@ class SupervisedConfig(OptimiserConfig):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; master weights are float32."""
     gradient_checkpointing: bool = False
-    """Activations within a block are computed again in the backward pass: less memory, a second forward pass of work."""
+    """Activations within a block are computed again in the backward pass: less memory, a second forward pass."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and publish these alone; None: all weights."""
     seed: NonNegativeInt = 0
