@@ -117,14 +117,20 @@ def _watch(job: Job, *, plain: bool, ours: bool) -> None:
             interrupts += 1
             job.stop(now=interrupts > 1)
             if interrupts > 1:
+                print(f"\nending {job.id} at once", flush=True)
                 with suppress(MillraceError):
-                    job.wait(AT_ONCE_S)
+                    print(_cut_short(job, job.wait(AT_ONCE_S)))
                 raise
     status = job.wait()
     if status.state == "stopped" and not (job.directory / run_directory.RESULT).is_file():
-        print(f"stopped at once, at step {status.step}: millrace train --resume {job.id} goes on from the last commit")
+        print(_cut_short(job, status))
         raise KeyboardInterrupt
     print(summary(job.result()))
+
+
+def _cut_short(job: Job, status: Status) -> str:
+    """The last words of a run that ended without a checkpoint."""
+    return f"stopped at once, at step {status.step}: millrace train --resume {job.id} goes on from the last commit"
 
 
 def _show(job: Job, *, plain: bool) -> None:

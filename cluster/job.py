@@ -67,6 +67,11 @@ class Job:
         Raises:
             ConfigError, DataError, ModelError, RecipeError, RewardError: the run cannot start; nothing was changed.
         """
+        if not isinstance(config, RunConfig):
+            raise ConfigError(
+                f"Job.submit takes a RunConfig, not {config!r}: RunConfig.load(path) makes one of a file, "
+                "RunConfig(...) of keywords"
+            )
         return cls._start(configs.anchored(config, Path.cwd()), address, local, attached, resume=False)
 
     @classmethod
@@ -97,6 +102,8 @@ class Job:
 
     @classmethod
     def _start(cls, config: RunConfig, address: str | None, local: bool, attached: bool, *, resume: bool) -> Self:
+        if local and address is not None:
+            raise ConfigError(f"a local run needs no Ray, and joins no cluster at {address}: leave out one of the two")
         directory = config.directory
         if run_directory.is_held(directory):
             raise ConfigError(run_directory.in_use(directory))

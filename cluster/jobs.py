@@ -22,6 +22,7 @@ from millrace.cluster.run import Run
 from millrace.cluster.run_directory import held
 from millrace.cluster.runtime import ray_cluster
 from millrace.cluster.snapshot import Failure, Snapshot
+from millrace.cluster.snapshot import read as read_status
 from millrace.cluster.spawn import OnRay, Spawn, here
 from millrace.cluster.supervised import SupervisedRun
 from millrace.core.errors import ConfigError, MillraceError, boundary
@@ -80,7 +81,9 @@ def ready(config: RunConfig, *, resume: bool) -> Iterator[tuple[Plan, Snapshot]]
     _check_directory(plan, resume=resume)
     with held(config.directory):
         _prepare(plan, resume=resume)
-        snapshot = Snapshot(config.directory, name=config.name, steps=0 if plan.supervised else config.loop.steps)
+        steps = 0 if plan.supervised else config.loop.steps
+        facts = _committed(config.directory) if resume else {}
+        snapshot = Snapshot(config.directory, name=config.name, steps=steps, **facts)
         snapshot.update()
         try:
             yield plan, snapshot
@@ -187,6 +190,14 @@ def _check_directory(plan: Plan, *, resume: bool) -> None:
             f"{directory} holds a run already: continue it with --resume {directory}, "
             "give this one another name, or remove the directory"
         )
+
+
+def _committed(directory: Path) -> dict[str, Any]:
+    """What a resumed run has, even if it ends before it has begun: its committed steps, as they were last reported."""
+    before = read_status(directory)
+    if before is None:
+        return {}
+    return {"step": before.committed_step, "committed_step": before.committed_step, "held_out": before.held_out}
 
 
 def _prepare(plan: Plan, *, resume: bool) -> None:

@@ -21,6 +21,7 @@ from millrace.core.catalogue import Spec, split
 from millrace.core.config import Config
 from millrace.core.errors import ConfigError, ModelError, RecipeError, boundary, nearest
 from millrace.core.protocols import Sampling
+from millrace.core.recipe import Updates
 from millrace.core.replay import limiter
 from millrace.core.replay.config import QueueConfig
 from millrace.core.types import Prompt
@@ -31,8 +32,16 @@ from millrace.learner.objective import Objective
 from millrace.rewards.judge import verifier
 from millrace.rewards.shaping import Shaping
 
-# Advantages that are 0 in a group of one.
-COMPARES = frozenset({"advantages.grpo", "advantages.mean_baseline", "advantages.rloo"})
+# Methods that leave nothing of a group of one.
+COMPARES = frozenset(
+    {
+        "advantages.grpo",
+        "advantages.mean_baseline",
+        "advantages.rloo",
+        "normalisers.batch_std",
+        "selections.best_and_worst",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +82,9 @@ def make_plan(config: RunConfig) -> Plan:
     objective = Objective.of(config.recipe.objective, models=frozenset({"reference"} if reference else ()))
     supervised = not objective.learns_from_rewards
     _check_recipe(config, objective, reference)
+    _check_found(config.model, "model")
+    if reference is not None and reference != config.model:
+        _check_found(reference, "reference")
     tokenizer = load_tokenizer(config.model)
     _check_lora(config, config.supervised if supervised else config.learner)
     context = _context(config.model)
@@ -92,14 +104,7 @@ def make_plan(config: RunConfig) -> Plan:
         new_tokens=new,
         held_out_tokens=0 if supervised else evaluation.max_tokens,
     )
-    notes: list[str] = []
-    if supervised:
-        require(prompts, ("answer",), whose=f"recipe {config.recipe.origin}", source=config.data.train)
-        notes += ["a supervised run evaluates nothing: data.held_out is not used"] if held_out else []
-    else:
-        _check_verifier(config, prompts, held_out)
-        _check_gpus(config)
-        notes += _idle_slots(config)
+    notes = _check_fit(config, prompts, held_out, supervised=supervised)
     longest = max(len(prompt.tokens_P) for prompt in (*prompts, *held_out))
     longest += max(config.sampling.max_tokens, evaluation.max_tokens if held_out else 0)
     engine, engine_notes = _engine(config, min(config.generation.context or longest, context))
@@ -116,12 +121,38 @@ def make_plan(config: RunConfig) -> Plan:
             stop_token_ids=stop_tokens,
         ),
         evaluation=evaluation,
-        learner=_filled(config.learner, seed=config.seed, publish_dtype=config.generation.dtype),
-        supervision=_filled(config.supervised, seed=config.seed) if supervised else None,
+        learner=_learner(config),
+        supervision=_supervision(config, len(prompts)) if supervised else None,
         engine=engine,
         verifier=config.verifier,
         notes=(*notes, *engine_notes),
     )
+
+
+def _check_fit(
+    config: RunConfig, prompts: Sequence[Prompt], held_out: Sequence[Prompt], *, supervised: bool
+) -> list[str]:
+    """The data, the verifier and the sizes fit each other. Returns what the user should know."""
+    if supervised:
+        require(prompts, ("answer",), whose=f"recipe {config.recipe.origin}", source=config.data.train)
+        return ["a supervised run evaluates nothing: data.held_out is not used"] if held_out else []
+    _check_verifier(config, prompts, held_out)
+    _check_gpus(config)
+    return _idle_slots(config)
+
+
+def _learner(config: RunConfig) -> LearnerConfig:
+    return _filled(
+        config.learner,
+        seed=config.seed,
+        publish_dtype=config.generation.dtype,
+        decay_steps=config.loop.steps * config.recipe.updates.per_batch,
+    )
+
+
+def _supervision(config: RunConfig, rows: int) -> SupervisedConfig:
+    section = config.supervised
+    return _filled(section, seed=config.seed, decay_steps=section.epochs * -(-rows // section.batch_rows))
 
 
 def _reference(config: RunConfig) -> str | None:
@@ -147,11 +178,13 @@ def _check_recipe(config: RunConfig, objective: Objective, reference: str | None
             f"recipe {origin} learns from rewards, but names no verifier: "
             'set rewards.verifier to a name, or to your own "file.py:function"'
         )
-    advantage = objective.advantage
-    if advantage is not None and loop.group_size == 1 and advantage.name in COMPARES:
+    if not objective.learns_from_rewards:
+        _check_supervised(config, objective)
+    compares = [m.name for m in (objective.advantage, objective.normaliser, objective.selection) if m is not None]
+    if loop.group_size == 1 and (one := next((name for name in compares if name in COMPARES), None)):
         raise RecipeError(
-            f"recipe {origin}: {advantage.name} compares the rollouts of a group, but "
-            "loop.group_size = 1: every advantage would be 0, and nothing learnt; set it to 2 or more"
+            f"recipe {origin}: {one} compares the rollouts of a group, but "
+            "loop.group_size = 1: nothing would be learnt; set it to 2 or more"
         )
     if updates.minibatches > loop.groups_per_step:
         raise RecipeError(
@@ -168,6 +201,21 @@ def _check_recipe(config: RunConfig, objective: Objective, reference: str | None
         raise RecipeError(
             f"recipe {origin}: {methods[0]} moves a reference model that nothing compares with: add a divergence, as"
             ' penalties = ["k3"], or leave it out'
+        )
+
+
+def _check_supervised(config: RunConfig, objective: Objective) -> None:
+    """Nothing is asked of a supervised run that it would leave undone."""
+    recipe = config.recipe
+    if "reference_logprob_N" in objective.asks:
+        raise RecipeError(
+            f"recipe {recipe.origin} learns from given answers, where there is no reference model: leave out what asks"
+            " for reference_logprob_N, or learn from rewards"
+        )
+    if recipe.updates != Updates() or config.judging.shapers or config.judging.filters:
+        raise RecipeError(
+            f"recipe {recipe.origin} learns from given answers, which have no updates, shapers and filters: leave them"
+            " out; how often the answers are seen is supervised.epochs and supervised.batch_rows"
         )
 
 
@@ -213,6 +261,20 @@ def _data(
         max_new_tokens=held_out_tokens,
         limit=data.held_out_limit,
     )
+
+
+def _check_found(name: str, what: str) -> None:
+    """A directory that is not there is said at once; a hub id is asked for once, not file after file."""
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.is_absolute():
+        raise ModelError(f"{what} {name}: no such directory; give one with config.json, or a hub id like owner/name")
+    near = nearest(path.name, [found.parent.name for found in path.absolute().parent.glob("*/config.json")])
+    with boundary(
+        f"{what} {name} is no directory beside the configuration{near or '.'} Asking for it as a hub id", ModelError
+    ):
+        AutoConfig.from_pretrained(name)
 
 
 def _context(model: str) -> int:
@@ -291,6 +353,14 @@ def _filled(section: Section, **defaults: Any) -> Section:
     return section.model_copy(update={key: value for key, value in defaults.items() if key not in said})
 
 
+def _spelled(spec: Spec | None) -> str:
+    """A spec as one reads it: `name(setting=value)`."""
+    if spec is None or isinstance(spec, str):
+        return str(spec)
+    name, settings = split(spec, slot="verifier")
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
 def _described(plan: Plan) -> Iterator[str]:
     """What would run, a line each."""
     config = plan.config
@@ -307,7 +377,7 @@ def _described(plan: Plan) -> Iterator[str]:
     if plan.supervised:
         yield "learner    supervised, from the data's answers"
     else:
-        yield f"verifier   {plan.verifier}, {config.rewards.workers} workers"
+        yield f"verifier   {_spelled(plan.verifier)}, {config.rewards.workers} x"
         yield (
             f"loop       {loop.steps} steps of {loop.groups_per_step} groups x {loop.group_size} rollouts, "
             f"at most {loop.max_lag} versions old (stale: {loop.stale})"

@@ -95,7 +95,7 @@ def resolve(
             raise error(f"{title}.__call__ has parameter '{next(iter(own))}' after *: make it a field of the class")
     else:
         needs, optional, parameters = _signature(title, target, error)
-        checked = bound = _check(title, parameters, _hints(target), settings, error)
+        checked = bound = _check(title, parameters, _hints(target), settings, error, words)
     _check_words(title, [*needs, *optional], optional, words, slot, error)
     return Method(title, target, needs, optional, checked, _is_async(target), error, bound)
 
@@ -144,6 +144,8 @@ def _from_folder(name: str, folder: str | None, slot: str, error: type[MillraceE
     if folder is None:
         raise error(f"unknown {slot} '{name}': {own}")
     known = names(folder)
+    if name.endswith(".py"):
+        raise error(f"{slot} '{name}': say which function of the file, \"{name}:function\"")
     if name not in known:
         raise error(f"unknown {slot} '{name}'{_close(name, known)} {folder} has {', '.join(known)}; {own}")
     return f"{folder.rpartition('.')[2]}.{name}", getattr(importlib.import_module(folder), name)
@@ -186,7 +188,7 @@ def _check_words(
             a = "an" if slot[0] in "aeiou" else "a"
             raise error(
                 f"{title} asks for '{word}'{_close(word, words)}"
-                f" {a.capitalize()} {slot} may ask for {', '.join(sorted(words))}.{way_out}"
+                f" {a.capitalize()} {slot} may ask for {', '.join(sorted(set(words)))}.{way_out}"
             )
 
 
@@ -196,6 +198,7 @@ def _check(
     hints: Mapping[str, Any],
     given: Mapping[str, Any],
     error: type[MillraceError],
+    words: Collection[str] = (),
 ) -> dict[str, Any]:
     """The settings given, checked, over the defaults."""
     takes = ", ".join(key if default is MISSING else f"{key}={default!r}" for key, default in parameters.items())
@@ -209,7 +212,8 @@ def _check(
         if key in given:
             checked[key] = _coerce(title, key, given[key], hints.get(key, _type_of(default)), error)
         elif default is MISSING:
-            raise error(f"{title} needs parameter '{key}'. It takes {takes}")
+            way_out = f". To have the word '{key}' filled in, put it before the *" if key in words else ""
+            raise error(f"{title} needs parameter '{key}'. It takes {takes}{way_out}")
         else:
             checked[key] = default
     return checked

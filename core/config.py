@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from millrace.core.errors import ConfigError, nearest
 
+# What pydantic says of a type in Python's words.
+WORDS = {"missing": "is missing", "model_type": "must be a table, as { key = value }"}
+
 
 class Config(BaseModel):
     """A frozen pydantic model whose errors say what to write instead."""
@@ -20,8 +23,20 @@ class Config(BaseModel):
             known = list(cls.model_fields)
             for key in data:
                 if key not in known:
-                    raise ValueError(f"unknown key '{key}'{nearest(str(key), known)} It takes {', '.join(known)}.")
+                    close = cls._of_a_section(str(key)) or nearest(str(key), known)
+                    raise ValueError(f"unknown key '{key}'{close} It takes {', '.join(known)}.")
         return data
+
+    @classmethod
+    def _of_a_section(cls, key: str) -> str:
+        """What to write for a key that belongs one level further down; empty where it belongs nowhere."""
+        sections = {name: each.annotation for name, each in cls.model_fields.items()}
+        places = [
+            f"'{name}.{key}'"
+            for name, section in sections.items()
+            if isinstance(section, type) and issubclass(section, Config) and key in section.model_fields
+        ]
+        return f"; did you mean {' or '.join(places)}?" if places else ""
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, source: str) -> Self:
@@ -41,7 +56,7 @@ def in_words(caught: ValidationError, *, source: str) -> ConfigError:
     lines = []
     for error in caught.errors():
         where = ".".join(str(part) for part in error["loc"]) or "top level"
-        text = error["msg"].removeprefix("Value error, ")
+        text = WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))
         given = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
         lines.append(f"{source}: {where}: {text}{given}")
     return ConfigError("\n".join(lines))

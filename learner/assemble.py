@@ -37,7 +37,7 @@ class Advantages(Weights, Protocol):
 
     def keep(self, have: Mapping[str, Any]) -> Bools: ...
 
-    def advantages(self, have: Mapping[str, Any]) -> Floats: ...
+    def advantages(self, have: Mapping[str, Any], *, again: bool = False) -> Floats: ...
 
     def normalised(self, advantage_N: Floats, sequences: Sequences, *, group_S: Any) -> Floats: ...
 
@@ -143,7 +143,8 @@ def assemble(
     """
     updates = updates or Updates()
     words = [group.words(step=step) for group in groups]
-    advantages = [objective.advantages(have) for have in words]  # once each: an estimator may have memory
+    # Once each: an estimator may have memory.
+    advantages = [objective.advantages(have, again=group.use > 0) for group, have in zip(groups, words, strict=True)]
     samples = [
         sample
         for at, (group, have) in enumerate(zip(groups, words, strict=True))

@@ -253,7 +253,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, data: Any) -> None:
     try:
-        path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+        path.write_text(json.dumps(data, indent=1) + "\n")  # in their order, which may be a memory's: who came last
     except TypeError as caught:
         raise TrainingError(
             f"{path} cannot be saved: {caught}; a method's memory must be of plain numbers, strings, lists and tables"

@@ -34,21 +34,17 @@ class OptimiserConfig(Config):
     schedule: Schedule = Schedule.CONSTANT
     """Of the learning rate after warm-up."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up."""
+    """Optimiser steps of linear warm-up; a recipe may make several of them a step of the loop."""
     decay_steps: PositiveInt | None = None
-    """Step at which linear and cosine schedules reach `final_ratio`."""
+    """Optimiser step at which linear and cosine schedules reach `final_ratio`; None: the run's last."""
     final_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """Learning rate at the end of linear and cosine schedules, as a share of the peak."""
 
     @model_validator(mode="after")
     def _decay_has_an_end(self) -> Self:
-        if self.schedule is not Schedule.CONSTANT:
-            if self.decay_steps is None:
-                raise ValueError(f"schedule = '{self.schedule}' needs decay_steps: the step at which it ends")
-            if self.decay_steps <= self.warmup_steps:
-                raise ValueError(
-                    f"decay_steps = {self.decay_steps} lies within warmup_steps = {self.warmup_steps}; raise the first"
-                )
+        end = None if self.schedule is Schedule.CONSTANT else self.decay_steps
+        if end is not None and end <= self.warmup_steps:
+            raise ValueError(f"decay_steps = {end} lies within warmup_steps = {self.warmup_steps}; raise the first")
         return self
 
 

@@ -6,7 +6,7 @@
 The verdicts of the whole group are there first; shapers see all of them at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -71,6 +71,7 @@ class Judged:
     lags: tuple[Ints, ...]  # lag_T of every rollout of the group, members or not
     scored: Mapping[str, Floats]  # words of core/words.py SCORED, over the members' response tokens, end to end
     reward_G: Floats  # of the members: scores, then shaped
+    use: int = 0  # how many batches trained it before
     rule: str = ""  # that filters the group
 
     @property
@@ -79,7 +80,7 @@ class Judged:
         return Sequences([len(rollout) for rollout in self.members.rollouts])
 
     @staticmethod
-    def of(group: Group, verdict: GroupVerdict, lag: Sequence[int]) -> "Judged":
+    def of(group: Group, verdict: GroupVerdict, lag: Sequence[int], use: int = 0) -> "Judged":
         """Pair a group with its verdicts and lags, as the queue hands them out.
 
         Raises:
@@ -97,6 +98,7 @@ class Judged:
             lags=tuple(lags_of(group, lag)),
             scored={},
             reward_G=np.array([each.score for each in kept], np.float32),
+            use=use,
         )
 
     def words(self, *, step: int) -> dict[str, Any]:
@@ -137,7 +139,7 @@ class Judged:
         }
 
     def shaped(self, shaping: Shaping, *, step: int, max_tokens: int, decode: Decode) -> "Judged":
-        """With its rewards shaped, and the rule that filters it.
+        """With its rewards shaped, and the rule that filters it; of a further use the filters are not asked again.
 
         Raises:
             TrainingError: shaping returned anything but one finite number per member.
@@ -149,7 +151,22 @@ class Judged:
                 f"{self.group.id} (prompt {self.group.prompt.id}): shaping made rewards {reward_G.tolist()} of"
                 f" {len(self.reward_G)} scores; it must return one finite number per rollout"
             )
-        return replace(self, reward_G=reward_G, rule=shaping.keep({**have, "reward_G": reward_G}))
+        rule = "" if self.use else shaping.keep({**have, "reward_G": reward_G})
+        return replace(self, reward_G=reward_G, rule=rule)
+
+
+def shape_all(
+    groups: Sequence[Judged], shaping: Shaping, *, step: int, max_tokens: int, decode: Decode
+) -> Iterator[Judged]:
+    """All of them shaped, further uses first: these leave no trace in the memory of methods, which have seen them."""
+    again = [group for group in groups if group.use]
+    remembered = shaping.memory() if again else {}
+    yield from [group.shaped(shaping, step=step, max_tokens=max_tokens, decode=decode) for group in again]
+    if again:
+        shaping.restore(remembered)
+    for group in groups:
+        if not group.use:
+            yield group.shaped(shaping, step=step, max_tokens=max_tokens, decode=decode)
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Ints]) -> Sequence[str]:

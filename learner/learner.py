@@ -30,7 +30,7 @@ from millrace.learner import checkpoint, prepass
 from millrace.learner.assemble import Assembled, assemble
 from millrace.learner.checkpoint import LearnerState, Saved
 from millrace.learner.config import LearnerConfig
-from millrace.learner.judged import Judged, Shaping, Unshaped, texts_of
+from millrace.learner.judged import Judged, Shaping, Unshaped, shape_all, texts_of
 from millrace.learner.loading import load_policy
 from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
@@ -233,6 +233,7 @@ class Learner:
         """The batch of this step, shaped and filtered; None when `stop` was called first."""
         self._enter("waiting")
         self._judged.clear()
+        remembered = self._shaping.memory()
         step = self._step
         while not self._stopping:
             taken = await self._ask("take", partial(self._queue.take, step=step, epoch=self._epoch, wait_s=TAKE_WAIT_S))
@@ -246,19 +247,20 @@ class Learner:
             self._refuse_to_filter_all(len(batch.groups), batch.filtered)
             await self._ask("filtered", partial(self._queue.filtered, step=step, epoch=self._epoch, groups=out))
             self._enter("waiting")
+        self._shaping.restore(remembered)  # what was judged so far is judged again, by whoever resumes
         return None
 
     def _judge(self, taken: Taken) -> Batch:
         """The groups, shaped. Each is shaped once, in this order, so that methods with memory see it once."""
         groups = schema.decode(taken.pack)
-        found = zip(groups, taken.verdicts, taken.lag, strict=True)
+        found = zip(groups, taken.verdicts, taken.lag, taken.uses or (0,) * len(groups), strict=True)
         fresh = [Judged.of(*each) for each in found if each[0].id not in self._judged]
         asked = self._shaping.words | self.objective.asks_of_groups
         words = (asked | (self.objective.scores_before if self._updates.per_batch > 1 else frozenset())) & SCORED
-        for each in prepass.score(self.policy, fresh, words, token_budget=self._config.token_budget):
-            self._judged[each.group.id] = each.shaped(
-                self._shaping, step=self._step, max_tokens=self._max_tokens, decode=partial(texts_of, self._tokenizer)
-            )
+        scored = prepass.score(self.policy, fresh, words, token_budget=self._config.token_budget)
+        decode = partial(texts_of, self._tokenizer)
+        for each in shape_all(scored, self._shaping, step=self._step, max_tokens=self._max_tokens, decode=decode):
+            self._judged[each.group.id] = each
         filtered = Counter(each.rule for each in self._judged.values() if each.rule)
         return Batch(taken, tuple(self._judged[group.id] for group in groups), dict(filtered))
 

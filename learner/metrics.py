@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+OFF_POLICY = frozenset({"importance", "importance_squared", "behaviour_kl"})  # of `off_policy`, once per batch
 LARGEST_LOG_WEIGHT = 20.0  # of an importance weight, nats: their squares stay finite in float32
 
 

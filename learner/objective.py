@@ -161,11 +161,12 @@ class Objective:
             )
         return keep_G
 
-    def advantages(self, have: Mapping[str, Any]) -> Floats:
+    def advantages(self, have: Mapping[str, Any], *, again: bool = False) -> Floats:
         """The advantages of one group; 0 for a whole loss, which has none.
 
         Args:
             have: the GROUP words of its validly judged members that `asks_of_groups` names.
+            again: a further use of the group, of which an estimator with memory remembers nothing more.
         Returns:
             advantage_N, float32, of all response tokens of the group, end to end.
 
@@ -175,8 +176,11 @@ class Objective:
         sequences: Sequences = have["sequences"]
         if self.advantage is None or len(sequences) == 0:
             return np.zeros(sequences.total, np.float32)
+        remembered = catalogue.memory(self.advantage)
         with boundary(self.advantage.name, TrainingError):
             advantage = np.asarray(self.advantage.call(have), np.float32)
+        if again:
+            catalogue.restore(self.advantage, remembered)
         if advantage.shape not in ((len(sequences),), (sequences.total,)) or not np.isfinite(advantage).all():
             rewards = np.asarray(have["reward_G"]).tolist()
             raise TrainingError(

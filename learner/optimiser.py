@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from millrace.core.errors import TrainingError
+from millrace.core.errors import ConfigError, TrainingError
 from millrace.learner.config import OptimiserConfig, Schedule
 
 
@@ -35,9 +35,13 @@ class Optimiser:
     Args:
         named: names and parameters, ties once; kept in this order.
         config: of the method.
+    Raises:
+        ConfigError: a schedule without an end.
     """
 
     def __init__(self, named: Iterable[tuple[str, torch.nn.Parameter]], config: OptimiserConfig) -> None:
+        if config.schedule is not Schedule.CONSTANT and config.decay_steps is None:
+            raise ConfigError(f"schedule = '{config.schedule}' needs decay_steps: the optimiser step at which it ends")
         self.config = config
         self.names, parameters = zip(*((n, p) for n, p in named if p.requires_grad), strict=True)
         self.parameters: tuple[torch.nn.Parameter, ...] = parameters

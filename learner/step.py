@@ -9,7 +9,7 @@ import torch
 from millrace.core.errors import TrainingError
 from millrace.core.types import Floats, Ints
 from millrace.learner.assemble import Microbatch
-from millrace.learner.metrics import Mean
+from millrace.learner.metrics import OFF_POLICY, Mean
 from millrace.learner.model import Policy
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
@@ -69,7 +69,10 @@ def make_steps(
     passes: int,
     name: Callable[[Sequence[int]], str],
 ) -> StepNumbers:
-    """Several optimiser steps on one batch; their numbers are means, those by lag are of the first pass.
+    """Several optimiser steps on one batch; their numbers are means.
+
+    How far the sampler is, by lag and over all, is said of the policy before all of them: over the first pass where its
+    log-probabilities came with the batch, else over the first step.
 
     Args:
         updates: the micro-batches of each step, pass after pass.
@@ -79,10 +82,13 @@ def make_steps(
         TrainingError: a loss or a gradient is not finite; the step it belongs to is not made.
     """
     made = [_update(policy, objective, optimiser, microbatches, name) for microbatches in updates]
-    first = made[: len(updates) // passes]
+    known = all("proximal_logprob_N" in micro.scored for microbatches in updates for micro in microbatches)
+    first = made[: len(updates) // passes if known else 1]
     metrics: dict[str, Mean] = {}
-    for one in made:
+    for at, one in enumerate(made):
         for key, mean in one.metrics.items():
+            if key in OFF_POLICY and at >= len(first):
+                continue
             metrics[key] = metrics[key] + mean if key in metrics else mean
     gap_N = np.concatenate([np.empty(0, np.float32), *(one.gap_N for one in first)])
     staleness_N = np.concatenate([np.empty(0, np.int32), *(one.staleness_N for one in first)])

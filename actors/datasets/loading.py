@@ -195,12 +195,12 @@ def _tokenise(
                 )
             elif len(tokens) + max_new_tokens > context_tokens:
                 room = context_tokens - len(tokens)
-                shorter = f"set max_new_tokens to at most {room}, " if room > 0 else ""
+                shorter = f"set max_tokens to at most {room}, " if room > 0 else ""
                 yield (
                     source.number,
                     DataError(
-                        f"a prompt of {len(tokens)} tokens and max_new_tokens = {max_new_tokens} exceed the model's "
-                        f"context of {context_tokens} tokens; {shorter}shorten the prompt, or leave the row out"
+                        f"a prompt of {len(tokens)} tokens and max_tokens = {max_new_tokens} exceed the context of "
+                        f"{context_tokens} tokens; {shorter}shorten the prompt, or leave the row out"
                     ),
                 )
             else:

@@ -96,7 +96,7 @@ class MemoryJournal:
             del self._rows[segment], self._packs[segment]
 
     def flush(self) -> None:
-        """Memory has no later moment at which it is safer."""
+        """There is no later moment at which a record is safer."""
 
     @property
     def bytes(self) -> int:
@@ -109,6 +109,9 @@ class LineJournal(MemoryJournal):
 
     After a crash the ledger knows every draw again. Groups that were not committed have lost their payload and are
     drawn again. A line that a crash tore is left out, and written over.
+
+    Every record is handed to the system as it is appended. What a journal kept for later, it could write when it is
+    thrown away: into the file of the next journal, where a run is resumed in the process in which it was ended.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -120,6 +123,7 @@ class LineJournal(MemoryJournal):
     def append(self, record: Record) -> None:
         assert self._file is not None, "records() is read before anything is appended"
         self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
 
     def records(self) -> Iterator[Record]:
         whole = self._path.read_bytes().rpartition(b"\n")[:2] if self._path.exists() else (b"", b"")
@@ -130,7 +134,3 @@ class LineJournal(MemoryJournal):
         # Every segment of an earlier life has a record longer than one byte, so no number is given out twice.
         self._segments = size
         return map(json.loads, whole[0].splitlines())
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()

@@ -4,6 +4,8 @@ import torch
 
 from millrace.learner.sequences import Sequences
 
+LARGEST_LOG_PRODUCT = 30.0  # nats
+
 
 def token(logprob_N: torch.Tensor, proximal_logprob_N: torch.Tensor) -> torch.Tensor:
     """Ratio of each token to the policy as the step began; 1 at a batch's first optimiser step.
@@ -96,10 +98,11 @@ def behaviour_sequence(
 def sequence_product(logprob_N: torch.Tensor, proximal_logprob_N: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """The whole sequence's probability ratio to the policy as the step began, on each of its tokens.
 
-        ratio_t = prod_s pi(s) / pi_proximal(s) = exp(sum_s(logprob_s - proximal_s))
+        ratio_t = prod_s pi(s) / pi_proximal(s) = exp(min(sum_s(logprob_s - proximal_s), 30))
 
-    Every token of the sequence carries the gradient of every other; with one advantage per sequence and
-    sequence_mean the loss is that of the sequence as a single action.
+    The bound keeps the product of a long sequence, and its gradient, finite. Every token of the sequence carries the
+    gradient of every other; with one advantage per sequence and sequence_mean the loss is that of the sequence as a
+    single action.
 
     Source: Back to Basics (Ahmadian et al. 2024), arXiv:2402.14740, section 3: the whole generation as one action.
 
@@ -114,7 +117,7 @@ def sequence_product(logprob_N: torch.Tensor, proximal_logprob_N: torch.Tensor, 
     >>> sequence_product(logprob_N, old_N, Sequences([2, 1]))
     tensor([8., 8., 1.])
     """
-    return sequences.spread(torch.exp(sequences.sum(logprob_N - proximal_logprob_N)))
+    return sequences.spread(torch.exp(sequences.sum(logprob_N - proximal_logprob_N).clamp(max=LARGEST_LOG_PRODUCT)))
 
 
 def _sequence(logprob_N: torch.Tensor, old_logprob_N: torch.Tensor, sequences: Sequences) -> torch.Tensor:

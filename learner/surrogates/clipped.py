@@ -1,7 +1,11 @@
 """Surrogates that bound how far one batch moves the policy."""
 
+from typing import Annotated
+
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import Field, NonNegativeFloat
+
+AboveOne = Annotated[float, Field(gt=1)]
 
 
 def clip(
@@ -10,7 +14,7 @@ def clip(
     *,
     low: NonNegativeFloat = 0.2,
     high: NonNegativeFloat = 0.2,
-    dual: NonNegativeFloat | None = None,
+    dual: AboveOne | None = None,
 ) -> torch.Tensor:
     """The clipped surrogate: no gradient to a token that has moved beyond the range in its advantage's direction.
 

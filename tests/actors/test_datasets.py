@@ -217,9 +217,9 @@ def test_what_is_no_parquet_file_is_refused(tmp_path: Path) -> None:
         ({"prompt": [{"role": "tool", "content": "x"}]},
          "the tokenizer's chat template raised RuntimeError: roles must alternate"),
         ({"prompt": ""}, "the prompt '' (str) has no tokens; write one, or leave the row out"),
-        ({"prompt": "p" * 25}, "a prompt of 25 tokens and max_new_tokens = 8 exceed the model's context of 32 tokens; "
-         "set max_new_tokens to at most 7, shorten the prompt, or leave the row out"),
-        ({"prompt": "p" * 40}, "a prompt of 40 tokens and max_new_tokens = 8 exceed the model's context of 32 tokens; "
+        ({"prompt": "p" * 25}, "a prompt of 25 tokens and max_tokens = 8 exceed the context of 32 tokens; "
+         "set max_tokens to at most 7, shorten the prompt, or leave the row out"),
+        ({"prompt": "p" * 40}, "a prompt of 40 tokens and max_tokens = 8 exceed the context of 32 tokens; "
          "shorten the prompt, or leave the row out"),
         ({"prompt": "p", "answer": True}, "'answer' is True (bool); it must be a string or a finite number, "
          "or null where there is none"),

@@ -181,11 +181,13 @@ def test_the_first_interrupt_stops_in_order_and_goes_on_watching(
 
 
 def test_the_second_interrupt_stops_at_once_with_status_130(
-    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     job = played(monkeypatch, tmp_path, KeyboardInterrupt(), KeyboardInterrupt())
     assert ended("train", run_file) == 130
     assert job.orders == ["in order", "now"]
+    said = capsys.readouterr().out
+    assert f"ending {tmp_path} at once\nstopped at once, at step 2: millrace train --resume {tmp_path}" in said
 
 
 def test_a_run_that_another_stops_at_once_ends_with_status_130(
@@ -261,6 +263,7 @@ def test_the_catalogues_are_at_hand(capsys: Capture) -> None:
     assert "clip(low=0.2, high=0.2, dual=None)" in capsys.readouterr().out
 
 
+@pytest.mark.ray
 def test_a_run_ends_with_its_summary_and_status_0(run_file: Path, capsys: Capture) -> None:
     assert ended("train", run_file, "loop.steps=2", "--local") == 0
     said = capsys.readouterr().out.splitlines()

@@ -27,6 +27,8 @@ from millrace.core.errors import (
     RewardError,
 )
 
+pytestmark = pytest.mark.ray
+
 DEADLINE_S = 120.0  # of what takes a second or two on a machine with nothing else to do
 
 
@@ -234,7 +236,6 @@ def test_what_fails_later_is_raised_by_wait(make_run: Any, tmp_path: Path) -> No
     assert "Traceback" in (job.directory / run_directory.DRIVER_LOG).read_text()
 
 
-@pytest.mark.ray
 def test_a_job_on_ray_outlives_whoever_submitted_it(make_run: Any, tmp_path: Path) -> None:
     configs.save(make_run(loop={"steps": 4}), tmp_path / "run.toml")
     code = "from millrace import Job, RunConfig; print(Job.submit(RunConfig.load('run.toml')).id)"
@@ -246,3 +247,10 @@ def test_a_job_on_ray_outlives_whoever_submitted_it(make_run: Any, tmp_path: Pat
     assert (status.state, job.result()["waste"]["unaccounted"]) == ("finished", 0)
     until(lambda: not alive(status.pid), "the end of its process")
     assert json.loads((job.directory / "status.json").read_text())["schema"] == snapshot.SCHEMA_VERSION
+
+
+def test_what_cannot_be_submitted_is_said_before_a_driver_starts(make_run: Any) -> None:
+    with pytest.raises(ConfigError, match=r"takes a RunConfig, not 'run\.toml': RunConfig\.load\(path\)"):
+        Job.submit("run.toml")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="a local run needs no Ray, and joins no cluster at auto: leave out one"):
+        Job.submit(make_run(), address="auto", local=True)

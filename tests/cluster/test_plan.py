@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from millrace.cluster import config
 from millrace.cluster.plan import Plan, make_plan
@@ -113,6 +114,21 @@ CASES: dict[str, tuple[Change, type[MillraceError], str]] = {
         RecipeError,
         r"advantages\.grpo compares the rollouts of a group, but loop\.group_size = 1.*set it to 2 or more",
     ),
+    "groups of one for a pair": (
+        {"recipe": "dpo", "reference": "model", "loop": {"steps": 2, "groups_per_step": 64, "group_size": 1}},
+        RecipeError,
+        r"selections\.best_and_worst compares the rollouts of a group, but loop\.group_size = 1: nothing would be",
+    ),
+    "updates of a supervised run": (
+        {"recipe": {"name": "sft", "updates": {"epochs": 2}}},
+        RecipeError,
+        r"recipe sft learns from given answers, which have no updates, .*is supervised\.epochs",
+    ),
+    "a reference of a supervised run": (
+        {"recipe": {"name": "sft", "objective": {"penalties": ["k3"]}}, "reference": "model"},
+        RecipeError,
+        r"recipe sft learns from given answers, where there is no reference model: leave out",
+    ),
     "weights published in another type than engines compute in": (
         {"learner": {"publish_dtype": "bfloat16"}},
         ConfigError,
@@ -193,3 +209,44 @@ def test_a_supervised_recipe_needs_answers_and_no_verifier(
     assert "supervised" in str(made)
     with pytest.raises(DataError, match="recipe sft asks for 'answer'"):
         plan(tmp_path, table_model, rows(tmp_path, {"prompt": "1="}), recipe="sft", rewards={})
+
+
+def test_a_hub_id_that_does_not_load_is_asked_for_once_and_the_directory_beside_is_named(
+    tmp_path: Path, table_model: Path, copy_task: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def unreachable(name: str) -> Any:
+        asked.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(table_model, "sorter")
+    with pytest.raises(ModelError, match="model sortr is no directory beside .*; did you mean 'sorter'.* no network"):
+        plan(tmp_path, table_model, copy_task, model="sortr")
+    assert asked == ["sortr"]
+
+
+def test_a_reference_that_is_not_there_is_refused(
+    tmp_path: Path, table_model: Path, copy_task: dict[str, Path]
+) -> None:
+    with pytest.raises(ModelError, match=r"reference .*nowhere: no such directory"):
+        plan(tmp_path, table_model, copy_task, recipe="grpo_kl", reference="./nowhere")
+
+
+def test_a_verifier_with_settings_is_shown_as_it_reads(
+    tmp_path: Path, table_model: Path, copy_task: dict[str, Path]
+) -> None:
+    verifier = {"name": "exact", "ignore_case": True}
+    text = str(plan(tmp_path, table_model, copy_task, rewards={"verifier": verifier}))
+    assert "verifier   exact(ignore_case=True), 1 x" in text
+
+
+def test_a_schedule_ends_with_the_run_if_nothing_else_is_said(make_run: Any) -> None:
+    plan = make_plan(make_run(recipe="ppo", learner={"schedule": "cosine"}, loop={"steps": 7}))
+    assert plan.learner.decay_steps == 7 * 4
+    said = make_plan(make_run(recipe="ppo", learner={"schedule": "cosine", "decay_steps": 5}))
+    assert said.learner.decay_steps == 5
+    supervised = make_plan(make_run(recipe="sft", rewards={}, supervised={"epochs": 3, "batch_rows": 32}))
+    assert supervised.supervision is not None and supervised.supervision.decay_steps == 3 * 3  # of 80 rows

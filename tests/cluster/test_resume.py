@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from millrace.cluster import config as configs
-from millrace.cluster import jobs
+from millrace.cluster import jobs, snapshot
 from millrace.cluster.cli import main
 from millrace.cluster.plan import make_plan
 from millrace.cluster.run import Run
@@ -217,3 +217,14 @@ def test_a_directory_that_was_moved_is_not_resumed_elsewhere(
     assert ended.value.code == 2
     assert f"{moved} was moved: its config.toml says {config.directory}" in capsys.readouterr().err
     assert not config.directory.exists()
+
+
+def test_a_resumed_run_that_ends_before_it_begins_still_says_what_is_committed(make_run: Any) -> None:
+    config = make_run(loop={"steps": STEPS}, learner={"checkpoint_every": 3})
+    cut(config, after=5, orderly=True)
+    before = snapshot.read(config.directory)
+    assert before is not None and before.committed_step >= 5
+    with jobs.ready(configs.of_directory(config.directory), resume=True):
+        now = snapshot.read(config.directory)
+    assert now is not None and now.state == "starting"
+    assert (now.step, now.committed_step, now.held_out) == (before.step, before.committed_step, before.held_out)

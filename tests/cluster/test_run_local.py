@@ -238,6 +238,7 @@ def test_a_run_that_failed_before_its_first_step_is_simply_run_again(make_run: A
     assert [row["step"] for row in rows if "held_out" in row] == [0, 4, 8, 12]
 
 
+@pytest.mark.ray
 def test_the_command_fails_with_status_1_and_no_traceback_of_ours(
     make_run: Any, rewards_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +272,7 @@ def test_no_share_of_the_learners_time_is_negative(make_run: Any) -> None:
     assert all(share >= -1e-9 for share in found["idle"]["learner"].values())
 
 
+@pytest.mark.ray
 def test_an_evaluation_without_one_score_is_said_so(
     make_run: Any, rewards_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,6 +136,7 @@ def test_settings_are_coerced_as_toml_writes_them(folder: str) -> None:
         ("Closed", "Closed is a class: a method with memory is a dataclass with __call__"),
         ("clop", "unknown surrogate 'clop'; did you mean 'clip'?"),
         ("clop", "your own is written"),
+        ("mine.py", "surrogate 'mine.py': say which function of the file, \"mine.py:function\""),
         ({"low": 1}, "surrogate = {'low': 1}: write \"name\", or { name = "),
         (3, "surrogate = 3: write"),
         ("math:pi", "surrogate math:pi is a float, not a function"),
@@ -236,3 +237,17 @@ def test_what_is_not_there_says_where_it_was_looked_for(tmp_path: Path, monkeypa
 
 def test_names_are_those_of_all(folder: str) -> None:
     assert catalogue.names(folder)[:3] == ("clip", "plain", "mean")
+
+
+def test_a_word_behind_the_star_is_told_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def mine(ratio_N, *, reward_G):\n    return reward_G\n")
+    said = refusal(f"{tmp_path}/mine.py:mine")
+    assert said.endswith(
+        "needs parameter 'reward_G'. It takes reward_G. To have the word 'reward_G' filled in, put it before the *"
+    )
+
+
+def test_a_word_that_is_known_twice_is_listed_once(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def mine(anwser):\n    return 0\n")
+    said = refusal(f"{tmp_path}/mine.py:mine", words=("text", "answer", "answer"))
+    assert said.endswith("did you mean 'answer'? A surrogate may ask for answer, text.")

@@ -83,7 +83,7 @@ def test_a_whole_loss_is_a_name_or_a_table_with_one() -> None:
         ({"name": "grpo", "objective": {"ratoi": "x"}}, "objective: unknown key 'ratoi'; did you mean 'ratio'?"),
         ({"objective": {"surrogate": 3}}, 'objective.surrogate: a method = 3: write "name", or { name = "name",'),
         ({"objective": {"name": "nll", "ratio": "token"}}, "'nll' is a whole loss and takes no ratio"),
-        ({"rewards": {}}, "objective: Field required"),
+        ({"rewards": {}}, "objective: is missing"),
     ],
 )
 def test_a_mistake_says_what_to_write(given: Any, message: str) -> None:

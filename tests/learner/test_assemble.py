@@ -253,3 +253,16 @@ def test_a_group_that_an_objective_wants_whole_exceeds_the_budget_rather_than_be
     batch = batch_of(groups, verdicts, pairs, token_budget=12)
     assert [len(micro.sequences) for micro in batch.updates[0]] == [2, 2, 2]
     assert all(len(micro.groups) == 1 for micro in batch.updates[0])
+
+
+def test_an_estimator_with_memory_learns_from_a_group_once_however_often_it_is_used(two_groups):
+    groups, verdicts = two_groups
+    objective = Objective.of({"advantage": {"name": "moving_average", "decay": 0.5}, "surrogate": "reinforce"})
+    found = [
+        Judged.of(group, verdict, [0] * len(group.rollouts), use)
+        for group, verdict, use in zip(groups, verdicts, (0, 1), strict=True)
+    ]
+    found[1] = replace(found[1], reward_G=found[1].reward_G + 4)
+    batch = assemble(found, objective, token_budget=10_000)
+    assert objective.memory()["advantage"]["average"] == 0.5, "of the first group alone"
+    assert batch.advantages[1].tolist() == [4.5] * 2 + [3.5] * 6

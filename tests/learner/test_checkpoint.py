@@ -122,6 +122,16 @@ def test_a_half_written_directory_has_another_name(tmp_path, make_model, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["step_1.2"]
 
 
+def test_a_memory_comes_back_in_its_order(tmp_path, make_model):
+    """Which may be part of it: what was seen last comes last."""
+    model, other = make_model("qwen2"), make_model("qwen2")
+    memory = {"shaping": {"filters.0": {"streaks": {"b": 1, "c": 2, "a": 1}}}}
+    policy, optimiser = Policy(model), trained(model)
+    done = save(str(tmp_path), state(memory=memory), policy=policy, tokenizer=None, optimiser=optimiser)
+    found = load(done.directory, done.digest, policy=Policy(other), optimiser=trained(other))
+    assert list(found.memory["shaping"]["filters.0"]["streaks"]) == ["b", "c", "a"]
+
+
 def test_a_memory_that_json_cannot_hold_is_named(tmp_path, make_model):
     model = make_model("qwen2")
     with pytest.raises(

@@ -1,6 +1,7 @@
 """The learner's loop on a table, against an in-process queue."""
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -333,6 +334,42 @@ class Doubles(Unshaped):
         return "odd" if self.shaped == 2 else ""
 
 
+def test_a_batch_that_was_only_begun_leaves_nothing_in_the_memory_of_the_commit(tmp_path, table_dir):
+    """Whoever resumes is given its groups again."""
+    shaping = Counts()
+    learner, queue, _ = make(tmp_path, table_dir, shaping=lambda: shaping)
+
+    async def stopped_meanwhile(*, step: int, epoch: int, groups: dict[GroupId, str]) -> None:
+        assert step == 1 and shaping.shaped == 8
+        await learner.stop()
+
+    queue.filtered = stopped_meanwhile
+    asyncio.run(learner.run())
+    ((step, directory, _),) = queue.commits
+    memory = json.loads((Path(directory) / "learner" / "state.json").read_text())["memory"]
+    assert (step, memory["shaping"]) == (1, {"shaped": 4})
+
+
+class Counts(Unshaped):
+    """Remembers how many groups it has shaped, and filters the sixth."""
+
+    def __init__(self) -> None:
+        self.shaped = 0
+
+    def shape(self, have):
+        self.shaped += 1
+        return have["reward_G"]
+
+    def keep(self, have):
+        return "sixth" if self.shaped == 6 else ""
+
+    def memory(self):
+        return {"shaped": self.shaped}
+
+    def restore(self, saved):
+        self.shaped = saved["shaped"]
+
+
 def test_filters_that_leave_nothing_end_the_run_with_their_names(tmp_path, table_dir):
     class Nothing(Unshaped):
         def keep(self, have):
@@ -357,6 +394,19 @@ def test_several_steps_on_a_batch_have_one_version_and_the_policy_before_them_as
     once, _, alone = make(tmp_path / "once", table_dir, objective=objective, steps=3)
     asyncio.run(once.run())
     assert all(report.numbers.metrics["clipped"] == 0 for report in alone), "one step is made where the ratio is 1"
+
+
+def test_the_gap_to_the_sampler_is_that_before_the_first_of_several_steps(tmp_path, table_dir):
+    """Also where no forward pass of its own scores the policy as it was then."""
+    objective = {**GRPO, "ratio": "behaviour", "corrections": []}
+    updates = Updates(epochs=2, minibatches=2)
+    learner, _, reports = make(tmp_path, table_dir, objective=objective, steps=3, updates=updates)
+    asyncio.run(learner.run())
+    assert learner._optimiser.steps == 12
+    for report in reports:
+        assert list(report.numbers.by_lag) == [0] and report.numbers.by_lag[0].tokens >= report.tokens / 4
+        assert report.numbers.by_lag[0].max_gap < 1e-5
+        assert report.numbers.metrics["behaviour_kl"] < 1e-10 and report.numbers.metrics["clipped"] > 0
 
 
 @pytest.mark.parametrize(

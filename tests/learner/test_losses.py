@@ -66,6 +66,13 @@ def test_sequence_ratio_has_the_gradient_of_s_under_sequence_mean() -> None:
     close(slope(by_token, LOG), slope(direct, LOG))
 
 
+def test_the_product_of_a_long_sequence_stays_finite() -> None:
+    log_N = torch.full((200,), -0.1, requires_grad=True)
+    ratio_N = sequence_product(log_N, torch.full((200,), -1.0), Sequences([200]))
+    ratio_N.sum().backward()
+    assert torch.isfinite(ratio_N).all() and log_N.grad is not None and torch.isfinite(log_N.grad).all()
+
+
 def test_sequence_product() -> None:
     sequences = Sequences([3, 1])
     # 2 * 1/2 * 1 = 1, and 1/5; the sum over a sequence of its T ratios has gradient T * ratio at each of its tokens

@@ -95,7 +95,6 @@ def test_the_rate_follows_the_count_of_steps():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "cosine"}, "needs decay_steps: the step at which it ends"),
         ({"schedule": "linear", "decay_steps": 3, "warmup_steps": 3}, "lies within warmup_steps = 3"),
         ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
     ],
@@ -131,3 +130,9 @@ def test_another_models_state_is_refused():
     state["first.head"] = state.pop("first.norm")
     with pytest.raises(TrainingError, match=r"2 names differ, such as first.head; resume with the model"):
         Optimiser(parameters(), config()).load(state)
+
+
+def test_a_schedule_without_an_end_is_refused() -> None:
+    named = [("weight", torch.nn.Parameter(torch.zeros(2, 2)))]
+    with pytest.raises(ConfigError, match="schedule = 'cosine' needs decay_steps: the optimiser step at which it ends"):
+        Optimiser(named, OptimiserConfig(schedule="cosine"))

@@ -1,6 +1,8 @@
 """The records outlive the process: what was committed stays, everything else is drawn again."""
 
 import asyncio
+import gc
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -173,3 +175,23 @@ def test_a_fresh_journal_changes_nothing(tmp_path: Path) -> None:
         assert (life.resumption.step, life.resumption.version, life.resumption.directory) == (0, 0, None)
 
     asyncio.run(main())
+
+
+def test_an_ended_life_that_is_thrown_away_late_leaves_the_next_ones_records_alone(tmp_path: Path) -> None:
+    """As where a run fails and is resumed in one process."""
+    path = tmp_path / "ledger.jsonl"
+
+    async def scenario() -> None:
+        first = Life(path)
+        await first.begin()
+        await first.queue.heartbeat(ENGINE, epoch=first.engine, progress={}, generated=7)
+        second = Life(path)
+        await second.begin()
+        await second.generate()
+        del first
+        gc.collect()
+        assert all(json.loads(line) for line in path.read_bytes().splitlines())
+        third = await Life(path).queue.status()
+        assert third.tokens["generated"] == 7 + second.generated > 7 and third.tokens["unaccounted"] == 7
+
+    asyncio.run(scenario())
