@@ -19,23 +19,23 @@ ENGINES = "engines"
 # In the order in which a rollout meets them.
 PLACES = {
     RECIPES: "recipes",
-    ENGINES: "actors/engines",
-    "datasets": "actors/datasets",
-    "selectors": "core/replay/selectors.py",
-    "verifiers": "rewards/verifiers",
-    "shapers": "rewards/shapers",
-    "filters": "rewards/filters",
-    "selections": "learner/selections",
+    "surrogates": "learner/surrogates",
     "advantages": "learner/advantages",
+    "selections": "learner/selections",
     "normalisers": "learner/normalisers",
     "proximals": "learner/proximals",
     "ratios": "learner/ratios",
-    "surrogates": "learner/surrogates",
     "corrections": "learner/corrections",
     "penalties": "learner/penalties",
     "references": "learner/references",
     "aggregations": "learner/aggregations",
     "objectives": "learner/objectives",
+    "verifiers": "rewards/verifiers",
+    "shapers": "rewards/shapers",
+    "filters": "rewards/filters",
+    ENGINES: "actors/engines",
+    "datasets": "actors/datasets",
+    "selectors": "core/replay/selectors.py",
 }
 EVERY_ENGINE = frozenset({"self", "model", "slots", "max_model_len", "dtype", "seed"})  # set by the run
 

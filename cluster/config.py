@@ -251,7 +251,8 @@ def load(path: str | Path, *, settings: Sequence[tuple[Sequence[str], Any]] = ()
     path = Path(path).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: there is no such file{nearest(path.name, beside)}")
+        what = "is a folder; give a .toml file" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"{path}: {what}{nearest(path.name, beside)}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as caught:
@@ -299,12 +300,12 @@ def _below(root: Path, value: str | None) -> str | None:
 
 
 def _anchored(spec: Any, root: Path) -> Any:
-    """A spec, or several, with its reference made absolute."""
+    """A spec, or several, with its references made absolute, those in its settings too."""
     if isinstance(spec, str):
         return absolute(spec, root)
     if isinstance(spec, Mapping):
-        return {**spec, "name": absolute(spec["name"], root)}
-    return tuple(_anchored(each, root) for each in spec)
+        return {key: _anchored(value, root) for key, value in spec.items()}
+    return type(spec)(_anchored(each, root) for each in spec) if isinstance(spec, list | tuple) else spec
 
 
 def _model(value: str, root: Path) -> str:

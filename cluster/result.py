@@ -109,6 +109,7 @@ def result(
     idle_workers: Mapping[str, float],
     checkpoint: str | None,
     by_length: Sequence[Mapping[str, float]] = (),
+    judge_failures: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything result.json holds, of the whole run, however often it was resumed.
 
@@ -119,6 +120,7 @@ def result(
         evaluations: as `evaluated` gives them, in order.
         idle_workers: share of the time that each worker waited for the queue.
         by_length: trained / generated rollouts, by decile of their length.
+        judge_failures: verdicts that failed since the run was last resumed, and the first one's cause.
     """
     config = plan.config
     tokens = status.tokens
@@ -139,6 +141,7 @@ def result(
         "held_out": {"first": evaluations[0], "last": evaluations[-1], "all": evaluations} if evaluations else None,
         "samples": trained,
         "invalid_rollouts": sum(row["reward/invalid_rollouts"] for row in rows),
+        "judge_failures": judge_failures,
         "tokens": {"generated": tokens.get("generated", 0), "trained": tokens.get("trained", 0)},
         "throughput": _throughput(trained, tokens, seconds),
         "max_lag": config.loop.max_lag,

@@ -258,9 +258,11 @@ class Run:
         checkpoint: str | None = await line.learner.checkpoint()
         if checkpoint is not None:
             export(Path(checkpoint), directory / "model")
+        failures = await self._judge_failures(line, record, dead=status.states.get("dead", 0))
         found = plain(
             result(
                 self._plan,
+                judge_failures=failures,
                 ended="finished" if status.step >= self._plan.config.loop.steps else "stopped",
                 rows=self._rows,
                 resumed_at=self._resumed_at,
@@ -275,6 +277,18 @@ class Run:
         record.event(found["ended"], step=found["steps"])
         self._snapshot.update(state=found["ended"], eta_s=None, waits={})
         return dict(found)
+
+    async def _judge_failures(self, line: Line, record: Recorder, *, dead: int) -> Mapping[str, Any] | None:
+        """Verdicts that failed, and the first one's cause; None where all were given."""
+        with boundary("asking the reward workers"):
+            said = [await worker.status() for name, worker in line.workers.items() if name.startswith("reward-")]
+        many = sum(each["verdicts"]["judge_failed"] for each in said)
+        if not many:
+            return None
+        first = next(each["first_failure"] for each in said if each["first_failure"])
+        record.event("judge failures", verdicts=many, given_up_draws=dead, first=first)
+        self._say(f"{many} verdicts failed and {dead} draws were given up; the first: {first.splitlines()[0]}")
+        return {"verdicts": many, "first": first}
 
 
 async def _attributed(name: str, component: Any) -> None:

@@ -23,7 +23,8 @@ class JudgeConfig(Config):
     """The greatest score."""
 
     max_judge_failures: int = Field(default=64, ge=1)
-    """So many judge failures in a row, without one score among them, end the run with their cause."""
+    """So many judge failures in a row, without one score among them, end the run with their cause. Once there was a
+    score, so many prompts must have failed in a row."""
 
     @model_validator(mode="after")
     def _range_is_one(self) -> "JudgeConfig":

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from millrace.core import catalogue
 from millrace.core.catalogue import Method, Spec, resolve
 from millrace.core.errors import MillraceError, RewardError, boundary
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind
@@ -28,6 +29,7 @@ from millrace.rewards.config import JudgeConfig
 WORDS = ("text", "answer", "prompt", "tokens_T", "finish_reason", "row")
 FOLDER = "millrace.rewards.verifiers"
 QUICK_S = 0.02
+OURS = (__file__, catalogue.__file__)  # of no interest to who wrote the verifier
 
 Decode = Callable[[Sequence[Ints]], Sequence[str]]
 
@@ -49,6 +51,7 @@ class Judge:
         self._threads = _Threads(config.concurrency, whose=self._whose)
         self._counts: Counter[str] = Counter()
         self._in_a_row = 0
+        self._failing: set[str] = set()  # prompts of the failures in a row
         self._first = ""
 
     async def __call__(
@@ -129,10 +132,11 @@ class Judge:
                 value = await self._within_deadline(self._awaited(value))
             verdict = self._read(value)
         except MillraceError as caught:
-            return self._failed(f"{caught}; prompt {prompt.id!r}", caught)
+            return self._failed(prompt, str(caught), caught)
         if verdict.kind is VerdictKind.JUDGE_FAILED:
-            return self._failed(f"{self._whose} gave no verdict: {verdict.feedback}; prompt {prompt.id!r}")
+            return self._failed(prompt, f"{self._whose} gave no verdict: {verdict.feedback}")
         self._in_a_row = 0
+        self._failing.clear()
         self._counts[verdict.kind.value] += 1
         return verdict
 
@@ -167,7 +171,11 @@ class Judge:
             raise
         if not done:
             task.cancel()
-            raise RewardError(f"{self._whose} took longer than deadline_s = {self._config.deadline_s:g}")
+            raise RewardError(
+                f"{self._whose} took longer than rewards.deadline_s = {self._config.deadline_s:g}; a plain function"
+                " cannot be interrupted: one that may hang is written rewards.verifier ="
+                ' { name = "isolated", verifier = ... }'
+            )
         if task.cancelled():
             raise RewardError(f"{self._whose} cancelled itself")
         return task.result()
@@ -206,19 +214,24 @@ class Judge:
         if not low <= score <= high:
             raise RewardError(
                 f"{self._whose} returned {score!r}: {what} lies outside [{low:g}, {high:g}]; return a score within, "
-                "or set lowest and highest of the reward to the range it has"
+                "or set rewards.lowest and rewards.highest to the range it has"
             )
         return score
 
-    def _failed(self, cause: str, caught: MillraceError | None = None) -> Verdict:
+    def _failed(self, prompt: Prompt, cause: str, caught: MillraceError | None = None) -> Verdict:
+        """A failure. Once something was scored, those of one prompt count once: its row alone may be at fault."""
+        cause = f"{cause}; prompt {prompt.id!r}"
         self._counts[VerdictKind.JUDGE_FAILED.value] += 1
         self._in_a_row += 1
+        self._failing.add(prompt.id)
         if not self._first:
             self._first = cause + _tail(caught)
-        if self._in_a_row >= self._config.max_judge_failures:
+        works = self._counts[VerdictKind.SCORED.value] + self._counts[VerdictKind.SUBJECT_FAILED.value] > 0
+        if (len(self._failing) if works else self._in_a_row) >= self._config.max_judge_failures:
             raise RewardError(
-                f"{self._in_a_row} judge failures in a row (max_judge_failures), not one score among them. "
-                f"The first of the run: {self._first}"
+                f"{self._in_a_row} judge failures in a row, of {len(self._failing)} prompts, and not one score among"
+                f" them (rewards.max_judge_failures = {self._config.max_judge_failures}). The first of the run:"
+                f" {self._first}"
             )
         return Verdict(kind=VerdictKind.JUDGE_FAILED, score=None, feedback=cause)
 
@@ -329,7 +342,9 @@ def _shown(value: Any) -> str:
 
 
 def _tail(caught: MillraceError | None) -> str:
-    """The last lines of the traceback of what user code raised."""
+    """The last frames of the user's own code, and what it raised."""
     if caught is None or caught.__cause__ is None:
         return ""
-    return "\n" + "".join(traceback.format_exception(caught.__cause__)[-3:]).rstrip()
+    frames = [each for each in traceback.extract_tb(caught.__cause__.__traceback__) if each.filename not in OURS]
+    lines = [*traceback.format_list(frames[-2:]), *traceback.format_exception_only(caught.__cause__)]
+    return "\n" + "".join(lines).rstrip()

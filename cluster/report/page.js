@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 function top() {
   const when = new Date(data.made_s * 1000).toISOString().slice(0, 19).replace("T", " ");
   const parts = [make("div", { class: "title" }, make("h1", {}, data.name), make("span", { class: `state ${data.tone}` }, data.state))];
-  if (data.error) parts.push(make("p", { class: "banner bad", role: "alert" }, spelled(data.error)));
+  if (data.error) parts.push(make("p", { class: data.error.includes("\n") ? "banner bad mono" : "banner bad", role: "alert" }, spelled(data.error)));
   if (data.missing.length) parts.push(make("ul", { class: "notes" }, ...data.missing.map((text) => make("li", {}, spelled(text)))));
   document.getElementById("top").append(...parts);
   document.getElementById("end").append(`millrace report, made ${when} UTC. One file; it loads nothing.`);

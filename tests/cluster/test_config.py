@@ -33,6 +33,23 @@ def test_ten_lines_are_enough_and_relative_paths_start_at_the_file(tmp_path: Pat
     assert run.recipe.origin == "grpo"
 
 
+def test_references_in_the_settings_of_a_method_start_at_the_file_too(tmp_path: Path) -> None:
+    run = load(
+        tmp_path,
+        MINIMAL,
+        'rewards.verifier={ name = "isolated", verifier = "mine.py:score", deadline_s = 1.0 }',
+        'rewards.shapers=[{ name = "scheduled", shaper = { name = "mine.py:shape", ends = [0.5, "x"] } }]',
+    )
+    assert run.verifier == {"name": "isolated", "verifier": f"{tmp_path}/mine.py:score", "deadline_s": 1.0}
+    shaper = {"name": f"{tmp_path}/mine.py:shape", "ends": [0.5, "x"]}
+    assert run.rewards.shapers == ({"name": "scheduled", "shaper": shaper},)
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder; give a \.toml file"):
+        config.load(tmp_path)
+
+
 def test_a_name_that_is_no_directory_is_a_hub_id(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL.replace('"model"', '"Qwen/Qwen2.5-0.5B"', 1)).model == "Qwen/Qwen2.5-0.5B"
 

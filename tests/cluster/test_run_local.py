@@ -179,6 +179,11 @@ def sometimes(text, answer):
         raise ValueError("every seventh")
     return 0.5
 
+def not_one_row(text, answer, prompt):
+    if prompt == "3=4":
+        raise ValueError("a bad row")
+    return float(text == answer)
+
 def not_held_out(text, level):
     if int(level) >= 8:
         raise ValueError("not this one")
@@ -212,13 +217,29 @@ def test_a_reward_that_always_fails_ends_the_run_with_its_cause(
     make_run: Any, rewards_file: Path, function: str, cause: str
 ) -> None:
     config = make_run(rewards={"verifier": f"mine.py:{function}"})
-    with pytest.raises(RewardError, match=f"(?s)64 judge failures in a row .max_judge_failures.*{cause}") as caught:
+    with pytest.raises(RewardError, match=f"(?s)64 judge failures in a row.*max_judge_failures.*{cause}") as caught:
         train(config)
     assert "prompt 'train:" in str(caught.value)
     events = lines(config.directory / "events.jsonl")
     assert events[-1]["kind"] == "failed"
     assert events[-1]["cause"] == str(caught.value)
     assert not (config.directory / "result.json").exists()
+
+
+def test_one_bad_row_is_left_out_and_said_and_the_run_goes_on(make_run: Any, rewards_file: Path) -> None:
+    config = make_run(
+        loop={"steps": 10, "group_size": 32, "groups_per_step": 10}, rewards={"verifier": "mine.py:not_one_row"}
+    )
+    said: list[str] = []
+    found = jobs.train(config, local=True, say=said.append)
+    assert found["ended"] == "finished" and found["waste"]["unaccounted"] == 0
+    (event,) = [each for each in lines(config.directory / "events.jsonl") if each["kind"] == "judge failures"]
+    assert found["judge_failures"]["verdicts"] == event["verdicts"] >= 64
+    assert "mine.py:not_one_row raised ValueError: a bad row; prompt 'train:" in found["judge_failures"]["first"]
+    assert "catalogue.py" not in found["judge_failures"]["first"]
+    assert event["given_up_draws"] >= 1
+    (line,) = [text for text in said if "verdicts failed" in text]
+    assert f"{event['given_up_draws']} draws were given up; the first: reward function" in line
 
 
 def test_no_length_is_trained_less_often_than_another(ran: Any) -> None:

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_one_that_hangs_fails_alone_and_in_time(is_async: bool) -> None:
     )
     release.set()
     assert [verdict.score for verdict in verdicts] == [1.0, None, 1.0, 1.0]
-    assert "took longer than deadline_s = 0.2" in verdicts[1].feedback
+    assert "took longer than rewards.deadline_s = 0.2" in verdicts[1].feedback
 
 
 def test_slow_synchronous_verdicts_overlap() -> None:
@@ -279,6 +280,29 @@ def test_one_score_among_them_does_not_end_it_and_all_is_counted() -> None:
     judge = asyncio.run(scenario())
     assert judge.counts == {"scored": 4, "subject_failed": 0, "judge_failed": 8, "in_a_row": 0}
     assert "could not convert string to float: 'b'" in judge.first_failure
+
+
+def test_one_row_that_always_fails_does_not_end_a_run_that_works() -> None:
+    """All 16 rollouts of a group, judged twice at each of three attempts, are one prompt's failures."""
+
+    def mine(text: str, level: int) -> float:
+        return 1 / level
+
+    def of(id: str, level: int) -> Prompt:
+        return replace(PROMPT, id=id, row={"level": level})
+
+    async def scenario() -> None:
+        judge = Judge(method(mine, "text", "level"), decode=decode, config=JudgeConfig(max_judge_failures=4))
+        await judge(of("right", 1), [rollout(0)])
+        for _ in range(6):
+            await judge(of("bad", 0), [rollout(0)] * 16)
+        for other in ("b", "c"):
+            await judge(of(other, 0), [rollout(0)])
+        with pytest.raises(RewardError, match="99 judge failures in a row, of 4 prompts") as caught:
+            await judge(of("d", 0), [rollout(0)])
+        assert "rewards.max_judge_failures = 4" in str(caught.value)
+
+    asyncio.run(scenario())
 
 
 def test_the_range_is_the_configuration_s() -> None:
