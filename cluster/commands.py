@@ -41,7 +41,7 @@ def train(given: Namespace) -> None:
         else:
             config = configs.load(given.run, settings=given.settings)
         if given.dry_run:
-            print(import_module("millrace.cluster.jobs").dry_run(config))
+            print(import_module("millrace.cluster.jobs").dry_run(config, resume=bool(given.resume)))
             return
         job = Job.submit(config, **where)
     if given.detach:

@@ -63,11 +63,13 @@ def train(
         return execute(plan, snapshot, address=address, local=local, resume=resume, say=say)
 
 
-def dry_run(config: RunConfig) -> Plan:
-    """Check everything that can be checked before a run, and say what would run."""
+def dry_run(config: RunConfig, *, resume: bool = False) -> Plan:
+    """Check everything that can be checked before a run, its directory among it, and say what would run."""
     if (beside := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, beside)  # "package.module:function" beside the user
-    return make_plan(config)
+    plan = make_plan(config)
+    _check_directory(plan, resume=resume)
+    return plan
 
 
 @contextmanager
@@ -77,8 +79,7 @@ def ready(config: RunConfig, *, resume: bool) -> Iterator[tuple[Plan, Snapshot]]
     Raises:
         ConfigError, DataError, ModelError, RecipeError, RewardError: the run cannot start; nothing was changed.
     """
-    plan = dry_run(config)
-    _check_directory(plan, resume=resume)
+    plan = dry_run(config, resume=resume)
     with held(config.directory):
         _prepare(plan, resume=resume)
         steps = 0 if plan.supervised else config.loop.steps

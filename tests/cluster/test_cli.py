@@ -275,6 +275,14 @@ def test_a_run_ends_with_its_summary_and_status_0(run_file: Path, capsys: Captur
     assert said[-1] == str(run_file.parent / "runs" / "run" / "report.html")
 
 
+def test_a_dry_run_says_that_the_directory_holds_a_run(run_file: Path, capsys: Capture) -> None:
+    directory = run_file.parent / "runs" / "run"
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert ended("train", run_file, "--dry-run") == 2
+    assert f"{directory} holds a run already: continue it with --resume" in capsys.readouterr().err
+
+
 def test_a_summary_without_scores_is_words() -> None:
     found = {"ended": "stopped", "steps": 0, "seconds": 0.0, "directory": "x", "reward": None}
     assert summary({**found, "held_out": {"first": {"mean": None}, "last": {"mean": 0.5}}}).splitlines() == [

@@ -38,8 +38,8 @@ def test_these_are_all_examples() -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_tiny_example_passes_the_checks_before_a_run(name: str, model: Path) -> None:
-    plan = dry_run(RunConfig.load(EXAMPLES / name / "run.toml", model=str(model)))
+def test_a_tiny_example_passes_the_checks_before_a_run(name: str, model: Path, tmp_path: Path) -> None:
+    plan = dry_run(RunConfig.load(EXAMPLES / name / "run.toml", model=str(model), runs=str(tmp_path)))
     assert plan.prompts and plan.held_out and not plan.notes
     assert plan.engine["max_model_len"] <= tiny_model.CONTEXT_TOKENS
 
@@ -52,8 +52,8 @@ def test_an_example_that_has_a_warm_start_trains_what_that_writes() -> None:
         assert config.name == ("run" if name == "sync_and_async" else name)  # that one names its two runs itself
 
 
-def test_chat_messages_become_the_template_and_its_special_tokens(model: Path) -> None:
-    plan = dry_run(RunConfig.load(EXAMPLES / "chat" / "run.toml", model=str(model)))
+def test_chat_messages_become_the_template_and_its_special_tokens(model: Path, tmp_path: Path) -> None:
+    plan = dry_run(RunConfig.load(EXAMPLES / "chat" / "run.toml", model=str(model), runs=str(tmp_path)))
     tokenizer = AutoTokenizer.from_pretrained(model)
     second = next(prompt for prompt in plan.prompts if "reverse" in prompt.text)
     found = re.fullmatch(r"<bos>user:sort \d{4}\nassistant:\d{4}<eos>\nuser:reverse\nassistant:", second.text)
