@@ -250,3 +250,12 @@ def test_a_schedule_ends_with_the_run_if_nothing_else_is_said(make_run: Any) -> 
     assert said.learner.decay_steps == 5
     supervised = make_plan(make_run(recipe="sft", rewards={}, supervised={"epochs": 3, "batch_rows": 32}))
     assert supervised.supervision is not None and supervised.supervision.decay_steps == 3 * 3  # of 80 rows
+
+
+def test_a_verifier_that_fails_on_the_data_s_own_answers_is_a_note(make_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(text, answer):\n    return float(txt == answer)\n")
+    (note,) = make_plan(make_run(rewards={"verifier": "mine.py:score"})).notes
+    assert "of the first 4 rows' own answers 4 could not be judged" in note
+    assert "NameError: name 'txt' is not defined" in note
+    (tmp_path / "mine.py").write_text("def score(text, answer):\n    return float(text == answer)\n")
+    assert make_plan(make_run(rewards={"verifier": "mine.py:score"})).notes == ()
