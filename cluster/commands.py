@@ -29,6 +29,8 @@ def train(given: Namespace) -> None:
         said = filter(None, (given.run, *(f"{'.'.join(keys)}={value}" for keys, value in given.settings)))
         raise ConfigError(f"a resumed run keeps its configuration: leave out {' '.join(said)}")
     where = {"address": given.address, "local": given.local, "attached": not given.detach}
+    if sys.stderr.isatty():
+        print("checking the model, the data, the recipe and the verifier", file=sys.stderr)
     if given.resume and not given.dry_run:
         job = Job.resume(given.resume, **where)
         if job.ended and (status := job.status()).state == "finished":
