@@ -42,8 +42,8 @@ def check_fit(
     return [*_check_verifier(config, prompts, held_out), *_idle_slots(config)]
 
 
-def check_recipe(config: RunConfig, objective: Objective, reference: str | None) -> None:
-    """The recipe and the run fit each other."""
+def check_recipe(config: RunConfig, objective: Objective, reference: str | None) -> bool:
+    """The recipe and the run fit each other. Returns whether anything compares with the reference model."""
     shaping = Shaping.of(config.judging)
     origin, loop, updates = config.recipe.origin, config.loop, config.recipe.updates
     if config.verifier is None and objective.learns_from_rewards:
@@ -69,12 +69,13 @@ def check_recipe(config: RunConfig, objective: Objective, reference: str | None)
             f"recipe {origin}: its shapers ask for reference_logprob_N: give the run a reference model,"
             ' reference = "path"'
         )
-    methods = [objective.reference.name] if objective.moves_reference else []
-    if methods and "reference_logprob_N" not in objective.asks | objective.asks_of_groups | shaping.words:
+    compared = "reference_logprob_N" in objective.asks | objective.asks_of_groups | shaping.words
+    if objective.moves_reference and not compared:
         raise RecipeError(
-            f"recipe {origin}: {methods[0]} moves a reference model that nothing compares with: add a divergence, as"
-            ' penalties = ["k3"], or leave it out'
+            f"recipe {origin}: {objective.reference.name} moves a reference model that nothing compares with: add a"
+            ' divergence, as penalties = ["k3"], or leave it out'
         )
+    return compared
 
 
 def _check_supervised(config: RunConfig, objective: Objective) -> None:

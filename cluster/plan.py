@@ -66,7 +66,7 @@ def make_plan(config: RunConfig) -> Plan:
     reference = _reference(config)
     objective = Objective.of(config.recipe.objective, models=frozenset({"reference"} if reference else ()))
     supervised = not objective.learns_from_rewards
-    check_recipe(config, objective, reference)
+    compared = check_recipe(config, objective, reference)
     check_found(config.model, "model")
     if reference is not None and reference != config.model:
         check_found(reference, "reference")
@@ -90,6 +90,10 @@ def make_plan(config: RunConfig) -> Plan:
         held_out_tokens=0 if supervised else evaluation.max_tokens,
     )
     notes = check_fit(config, prompts, held_out, supervised=supervised)
+    if config.reference and not compared:
+        notes.append(
+            f"nothing in recipe {config.recipe.origin} compares with reference = {config.reference}: it is left out"
+        )
     longest = max(len(prompt.tokens_P) for prompt in (*prompts, *held_out))
     longest += max(config.sampling.max_tokens, evaluation.max_tokens if held_out else 0)
     engine, engine_notes = _engine(config, min(config.generation.context or longest, context))
@@ -97,7 +101,7 @@ def make_plan(config: RunConfig) -> Plan:
         config=config,
         objective=str(objective),
         loop=_loop(config),
-        reference=reference,
+        reference=reference if compared else None,
         prompts=prompts,
         held_out=held_out,
         sampling=Sampling(

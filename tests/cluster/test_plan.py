@@ -259,3 +259,11 @@ def test_a_verifier_that_fails_on_the_data_s_own_answers_is_a_note(make_run: Any
     assert "NameError: name 'txt' is not defined" in note
     (tmp_path / "mine.py").write_text("def score(text, answer):\n    return float(text == answer)\n")
     assert make_plan(make_run(rewards={"verifier": "mine.py:score"})).notes == ()
+
+
+def test_a_reference_that_nothing_compares_with_is_left_out_and_said(make_run: Any, digit_model: Path) -> None:
+    plan = make_plan(make_run(reference=str(digit_model)))
+    assert plan.reference is None
+    assert plan.notes == (f"nothing in recipe grpo compares with reference = {digit_model}: it is left out",)
+    plan = make_plan(make_run(recipe="grpo_kl", reference=str(digit_model)))
+    assert plan.reference == str(digit_model) and plan.notes == ()
