@@ -23,6 +23,9 @@ from transformers import (
 
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.learner import attention
+from millrace.learner.table_model import TableConfig, TableForCausalLM
+from tests.learner.table_loop import LENGTH as TABLE_LENGTH
+from tests.learner.table_loop import VOCABULARY as TABLE_VOCABULARY
 
 torch.set_num_threads(1)
 
@@ -155,3 +158,9 @@ def verdicts_of(group: Group, scores: Sequence[float | None]) -> GroupVerdict:
 @pytest.fixture(scope="session")
 def judged() -> Callable[..., GroupVerdict]:
     return verdicts_of
+
+
+@pytest.fixture
+def table_dir(model_dir: Callable[..., str]) -> str:
+    config = TableConfig(vocab_size=TABLE_VOCABULARY, positions=TABLE_LENGTH, eos_token_id=2)
+    return model_dir(TableForCausalLM(config))
