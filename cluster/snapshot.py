@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 FILE = "status.json"
 LOST = "DriverLost"  # the kind of failure of a run whose driver ended without a word
 
-State = Literal["checking", "starting", "running", "stopping", "finished", "stopped", "failed"]
+State = Literal["starting", "running", "stopping", "finished", "stopped", "failed"]
 ENDED: frozenset[State] = frozenset({"finished", "stopped", "failed"})
 
 
