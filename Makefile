@@ -10,13 +10,14 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help setup demo test test-fast test-long test-trl docs bench lint lock clean
+.PHONY: help setup demo test test-fast test-long test-faults test-trl docs bench lint lock clean
 
 help:
 	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about two minutes after set-up)"
 	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (about a minute and a half)"
 	@echo "make test-long  the suites that take longer"
+	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (up to 20 minutes)"
 	@echo "make test-trl   our losses beside TRL's own, in an environment of its own"
 	@echo "make docs       the documentation as pages, in site/"
 	@echo "make bench      the figures of benchmarks/README.md (about eight minutes, on a machine with nothing else to do)"
@@ -36,13 +37,16 @@ demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY) lint test-fast
-	$(BIN)/python -m pytest -q -m "ray and not long"
+	$(BIN)/python -m pytest -q -m "ray and not long and not faults"
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and not long and not trl"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and not long and not trl and not faults"
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long
+
+test-faults: $(READY)
+	$(BIN)/python -m pytest -q -m faults tests
 
 test-trl: $(READY) .venv-trl/.ready
 	$(BIN)/python -m pytest -q -m trl

@@ -16,11 +16,13 @@ from millrace.actors.adapters import whole_weights
 from millrace.actors.config import EvaluationConfig
 from millrace.actors.engines import engine as build_engine
 from millrace.actors.weights import check_names
-from millrace.core.calls import together
-from millrace.core.errors import ConfigError, DataError, EngineError, WeightsError
+from millrace.core.calls import persist, together
+from millrace.core.errors import ConfigError, DataError, EngineDeadError, EngineError, WeightsError
 from millrace.core.protocols import Clock, Engine, Proof, Sampling, WeightHandle, WeightStore
 from millrace.core.types import Prompt, Rollout, Verdict, VerdictKind, WorkerId
 from millrace.core.weights import VersionGoneError
+
+SILENCE_S = 60.0  # how long the weight store may fail to answer
 
 Judge = Callable[[Prompt, Sequence[Rollout]], Sequence[Verdict] | Awaitable[Sequence[Verdict]]]
 
@@ -128,7 +130,8 @@ class Evaluator:
 
         Raises:
             WeightsError: the engine does not hold what was published.
-            EngineError: no prompt at all could be sampled.
+            EngineError: no prompt at all could be sampled; EngineDeadError: the engine is gone.
+            DeadlineError: the weight store does not answer.
         """
         async with self._one_at_a_time:
             began = self._clock()
@@ -156,12 +159,20 @@ class Evaluator:
         await self._engine.close()
 
     async def _load(self, version: int) -> tuple[WeightHandle, Proof]:
-        weights = await self._store.fetch(version)
+        weights = await self._fetch(version)
         try:
             return weights, await self._engine.load(weights, prove=True)
         except VersionGoneError:  # the store moved on in between: it has a newer one
-            weights = await self._store.fetch(version)
+            weights = await self._fetch(version)
             return weights, await self._engine.load(weights, prove=True)
+
+    async def _fetch(self, version: int) -> WeightHandle:
+        return await persist(
+            lambda: self._store.fetch(version),
+            what=f"{self._name}: weights of version {version}",
+            remedy="Look at the weight store's process.",
+            deadline_s=SILENCE_S,
+        )
 
     async def _one(self, prompt: Prompt, version: int, at_once: asyncio.Semaphore) -> _Outcome:
         config = self._config
@@ -172,6 +183,8 @@ class Evaluator:
         async with at_once:
             try:
                 rollouts = await self._engine.sample(prompt.tokens_P, sampling=sampling, seeds=seeds, key=prompt.id)
+            except EngineDeadError:
+                raise
             except EngineError as caught:
                 cause = f"engine: {caught}"
                 return _Outcome(prompt, (None,) * config.samples, (cause,) * config.samples, 0, 0)

@@ -9,8 +9,10 @@ Leasing, generating, putting and fetching weights are loops of their own: none w
 
 import asyncio
 import time
+import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from millrace.actors.adapters import whole_weights
@@ -20,7 +22,8 @@ from millrace.actors.engines.wiring import check_wiring
 from millrace.actors.hand import Hand
 from millrace.actors.weights import WeightReceiver
 from millrace.core.calls import Bell, Outbox, persist, together
-from millrace.core.errors import ConfigError, DeadlineError, EngineError
+from millrace.core.errors import ConfigError, DeadlineError, EngineDeadError, EngineError, MillraceError
+from millrace.core.failpoint import reach
 from millrace.core.heart import Heart, Pulse
 from millrace.core.protocols import Clock, Engine, Grant, Orders, Queue, Role, Sampling, WeightStore
 from millrace.core.schema import encode
@@ -30,6 +33,9 @@ T = TypeVar("T")
 
 FETCH_AGAIN_S = 0.05
 WEIGHTS_SOON_S = 1.0
+GIVE_UP_S = 2.0  # on `stop`, for the engine and the queue to answer while everything in hand is given up
+LEAVE_S = 0.5  # and then to tell the queue, before the worker goes without
+TRACEBACK_BYTES = 4096
 
 
 class GenerationWorker:
@@ -79,6 +85,7 @@ class GenerationWorker:
         self._newest = -1
         self._announced = asyncio.Event()
         self._stopping = False
+        self._told = asyncio.Event()  # to stop
         self._failures = 0  # in a row
         self._idle = "not started"
         self._counts = Counter({"lease_calls": 0, "put_calls": 0, "groups": 0, "refused": 0, "failed": 0})
@@ -89,37 +96,35 @@ class GenerationWorker:
         Raises:
             DeadlineError: the queue, the store or a lease's weights did not come in time.
             WeightsError: the engine does not compute with what was published.
+            EngineDeadError: the engine is gone, whatever it was doing, nothing included.
             EngineError: the engine fails group after group.
             Fenced: another incarnation of this worker has joined.
         """
-        if isinstance(self._to_check, Mapping):
-            model, dtype = self._to_check["model"], self._to_check.get("dtype", "float32")
-            await check_wiring(self._engine, model, dtype=dtype)
-        self._epoch = await self._answered(
-            lambda: self._queue.join(self._name, role=Role.GENERATION, slots=self._config.slots), "join"
-        )
+        working = asyncio.create_task(self._work())
+        watching = asyncio.create_task(self._engine.watch())
+        tasks = (working, watching, asyncio.create_task(self._patience()))
         try:
-            async with together() as self._tasks:
-                self._heart.start()
-                loops = (self._heart.watch(), self._outbox.run(), self._follow())
-                helpers = [self._tasks.create_task(loop) for loop in loops]
-                await self._serve()
-                await self._outbox.drain()
-                for helper in helpers:
-                    helper.cancel()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._idle = "ended"
-            await self._heart.stop()
-        await self._answered(
-            lambda: self._queue.leave(
-                self._name, epoch=self._epoch, generated=self._engine.generated, abandoned=self._hand.abandoned
-            ),
-            "leave",
-        )
+            gone = _failure(watching)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=LEAVE_S)
+        failure = _failure(working) or gone
+        if failure is not None:
+            raise failure
+        if self._epoch >= 0 and (working.cancelled() or not working.done()):
+            with suppress(MillraceError, TimeoutError):
+                async with asyncio.timeout(LEAVE_S):
+                    await self._leave()
 
     async def stop(self) -> None:
-        """Give up what is in hand, put what is finished, and leave; `run` returns when that is done."""
+        """Give up what is in hand, put what is finished, and leave; `run` returns when that is done.
+
+        It returns in any case within `GIVE_UP_S` + `LEAVE_S`, whatever the engine and the queue are doing.
+        """
         self._stopping = True
+        self._told.set()
         self._bell.ring()
 
     async def close(self) -> None:
@@ -141,6 +146,41 @@ class GenerationWorker:
             "idle": self._idle,
             **self._counts,
         }
+
+    async def _work(self) -> None:
+        if isinstance(self._to_check, Mapping):
+            model, dtype = self._to_check["model"], self._to_check.get("dtype", "float32")
+            await check_wiring(self._engine, model, dtype=dtype)
+        self._epoch = await self._answered(
+            lambda: self._queue.join(self._name, role=Role.GENERATION, slots=self._config.slots), "join"
+        )
+        try:
+            async with together() as self._tasks:
+                self._heart.start()
+                loops = (self._heart.watch(), self._outbox.run(), self._follow())
+                helpers = [self._tasks.create_task(loop) for loop in loops]
+                await self._serve()
+                await self._outbox.drain()
+                for helper in helpers:
+                    helper.cancel()
+        finally:
+            self._idle = "ended"
+            await self._heart.stop()
+        await self._leave()
+
+    async def _patience(self) -> None:
+        """Returns when `stop` was called and has had its time."""
+        await self._told.wait()
+        if self._epoch >= 0:  # before it has joined there is nothing to give up
+            await asyncio.sleep(GIVE_UP_S)
+
+    async def _leave(self) -> None:
+        await self._answered(
+            lambda: self._queue.leave(
+                self._name, epoch=self._epoch, generated=self._engine.generated, abandoned=self._hand.abandoned
+            ),
+            "leave",
+        )
 
     async def _serve(self) -> None:
         """Lease and start until the run is over or the worker is to stop; then give up what is in hand."""
@@ -207,13 +247,15 @@ class GenerationWorker:
     async def _generate(self, lease: Lease) -> None:
         try:
             await self._reach(lease)
+            reach("generation.generate.before")
             group = await self._hand.generate(lease.id)
             if group is not None:
                 self._failures = 0
                 self._outbox.put(group)
+        except EngineDeadError:
+            raise
         except EngineError as caught:
-            # A group without rollouts ends the lease at once: the draw goes on to another attempt, or is dead.
-            self._outbox.put(Group(id=lease.id, prompt=lease.prompt, rollouts=(), lease_epoch=lease.epoch))
+            await self._fail(lease, caught)
             self._counts["failed"] += 1
             self._failures += 1
             if self._failures >= self._config.max_engine_failures:
@@ -225,6 +267,15 @@ class GenerationWorker:
             self._hand.drop(lease.id)
             if not self._hand:
                 self._outbox.flush()
+
+    async def _fail(self, lease: Lease, cause: EngineError) -> None:
+        """End the lease at once: the draw goes on to another attempt, or is given up."""
+        text = "".join(traceback.format_exception(cause)).encode()[-TRACEBACK_BYTES:].decode(errors="ignore")
+        request = self._request("fail")
+        await self._answered(
+            lambda: self._queue.fail_groups(self._name, epoch=self._epoch, failures={lease.id: text}, request=request),
+            f"fail_groups ({lease.id})",
+        )
 
     async def _reach(self, lease: Lease) -> None:
         """No first token is sampled below the lease's version."""
@@ -244,15 +295,14 @@ class GenerationWorker:
         pack, request = encode(groups), self._request("put")
         draws = ", ".join(str(group.id) for group in groups[:4]) + (" ..." if len(groups) > 4 else "")
         self._counts["put_calls"] += 1
+        reach("generation.put.before")
         receipts = await self._answered(
             lambda: self._queue.put_groups(self._name, epoch=self._epoch, pack=pack, request=request),
             f"put_groups ({draws})",
         )
-        failed = {group.id for group in groups if not group.rollouts}
         for receipt in receipts:
-            if receipt.id not in failed:
-                self._counts["groups" if receipt.accepted else "refused"] += 1
-                self._hand.answered(receipt.id, accepted=receipt.accepted)
+            self._counts["groups" if receipt.accepted else "refused"] += 1
+            self._hand.answered(receipt.id, accepted=receipt.accepted)
 
     async def _follow(self) -> None:
         """Fetch and swap in what is announced, while generations run."""
@@ -298,3 +348,7 @@ class GenerationWorker:
     def _request(self, what: str) -> str:
         self._requests += 1
         return f"{self._name}/{self._epoch}/{what}/{self._requests}"
+
+
+def _failure(task: "asyncio.Task[None]") -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None

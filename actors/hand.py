@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from millrace.core.errors import EngineError
+import numpy as np
+
+from millrace.core.errors import EngineDeadError, EngineError
 from millrace.core.heart import Pulse
 from millrace.core.protocols import Engine, Sampling
 from millrace.core.types import Group, GroupId, Lease, Rollout
@@ -70,12 +72,15 @@ class Hand:
 
         Raises:
             EngineError: a response failed; the others of the group were aborted.
+            EngineDeadError: there is no engine any more that could abort anything.
         """
         work = self._works[key]
         if work.given_up:
             return None
         try:
             rollouts = await self._sampled(work)
+        except EngineDeadError:
+            raise
         except EngineError as caught:
             fenced = bool(work.given_up)
             await self.give_up(key, str(caught))
@@ -147,6 +152,12 @@ class Hand:
                 raise EngineError(
                     f"{work.lease.id}: a first token was sampled by version {rollout.versions[0].version}, below the "
                     f"lease's {work.lease.min_version}: the engine went back to older weights; end it"
+                )
+            if not np.isfinite(rollout.behaviour_logprob_T).all():
+                token = int(np.argmin(np.isfinite(rollout.behaviour_logprob_T)))
+                raise EngineError(
+                    f"{work.lease.id}, seed {rollout.seed}: token {token} of {len(rollout)} has log-probability "
+                    f"{rollout.behaviour_logprob_T[token]}: the model's logits are not finite on this prompt"
                 )
         return rollouts
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 
 from millrace.core.errors import WeightsError
+from millrace.core.failpoint import reach
 from millrace.core.protocols import Engine, Manifest, Proof, WeightHandle, WeightStore
 from millrace.core.types import Floats, Ints
 from millrace.core.weights import VersionGoneError, digest_of, mapped
@@ -139,6 +140,7 @@ class WeightReceiver:
         due = self._since_proof is None or self._since_proof + 1 >= self._probe_every
         for _ in range(_FETCHES):
             try:
+                reach("weights.load.before")
                 proof = await self._engine.load(handle, prove=due)
                 break
             except VersionGoneError:

@@ -1,6 +1,7 @@
 """What the commands of `millrace` that are about runs do. Each takes the parsed command line of its name."""
 
 import json
+import signal
 import sys
 import time
 from argparse import Namespace
@@ -14,7 +15,7 @@ from millrace.cluster import config as configs
 from millrace.cluster import run_directory
 from millrace.cluster.job import Job, all_below
 from millrace.cluster.progress import duration, line, shown
-from millrace.cluster.snapshot import Status
+from millrace.cluster.snapshot import Status, cut_short
 from millrace.core.errors import ConfigError, MillraceError
 
 AT_ONCE_S = 15.0  # that a run which is told to end at once is waited for
@@ -28,6 +29,7 @@ def train(given: Namespace) -> None:
     if given.resume and (given.run or given.settings):
         said = filter(None, (given.run, *(f"{'.'.join(keys)}={value}" for keys, value in given.settings)))
         raise ConfigError(f"a resumed run keeps its configuration: leave out {' '.join(said)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run ends before this process does
     where = {"address": given.address, "local": given.local, "attached": not given.detach}
     if sys.stderr.isatty():
         print("checking the model, the data, the recipe and the verifier", file=sys.stderr)
@@ -62,7 +64,11 @@ def jobs(given: Namespace) -> None:
         with suppress(ConfigError):  # it has never begun
             status = Job.attach(directory.absolute()).status()
             numbers = line(status) if status.state in ("running", "stopping") else _ended(status)
-            print(f"{directory.name:<{width}}  {status.state:<8}  {numbers}")
+            restarts = (
+                f"  {status.restarts} restarts" if status.restarts > 1 else "  1 restart" if status.restarts else ""
+            )
+            last = f"  {status.incident}" if status.incident and not status.ended else ""
+            print(f"{directory.name:<{width}}  {status.state:<8}  {numbers}{restarts}{last}")
 
 
 def status(given: Namespace) -> None:
@@ -78,6 +84,8 @@ def status(given: Namespace) -> None:
         print(f"learner: {status.learner['phase']} for {duration(status.learner['phase_s'])}")
     for name, why in status.waits.items():
         print(f"{name}: {why}")
+    for text in troubles(status):
+        print(text)
     if status.error is not None:
         print(f"{status.error['kind']}: {status.error['message']}")
 
@@ -121,18 +129,18 @@ def _watch(job: Job, *, plain: bool, ours: bool) -> None:
             if interrupts > 1:
                 print(f"\nending {job.id} at once", flush=True)
                 with suppress(MillraceError):
-                    print(_cut_short(job, job.wait(AT_ONCE_S)))
+                    _say_of(job.wait(AT_ONCE_S))
                 raise
     status = job.wait()
     if status.state == "stopped" and not (job.directory / run_directory.RESULT).is_file():
-        print(_cut_short(job, status))
+        _say_of(status)
         raise KeyboardInterrupt
     print(summary(job.result()))
 
 
-def _cut_short(job: Job, status: Status) -> str:
-    """The last words of a run that ended without a checkpoint."""
-    return f"stopped at once, at step {status.step}: millrace train --resume {job.id} goes on from the last commit"
+def _say_of(status: Status) -> None:
+    """The last words of a run that ended without a result."""
+    print(status.note or cut_short(status))
 
 
 def _show(job: Job, *, plain: bool) -> None:
@@ -142,6 +150,25 @@ def _show(job: Job, *, plain: bool) -> None:
         return
     for text in job.lines():
         print(text, flush=True)
+
+
+def troubles(status: Status) -> list[str]:
+    """What was lost and given up so far, a line each; nothing where all went well.
+
+    >>> troubles(Status(id="x", state="running", incidents=2, incident="queue was lost: killed", quarantined=1))
+    ['2 incidents, the last: queue was lost: killed', '1 prompt was quarantined: see events.jsonl']
+    """
+    said = [
+        f"{name}: {each['state']} for {duration(max(status.time_s - each['since_s'], 0))}, restarts {each['restarts']}"
+        for name, each in status.components.items()
+        if each["restarts"] or name in status.down
+    ]
+    if status.incidents:
+        said.append(f"{status.incidents} incident{'s, the last' if status.incidents > 1 else ''}: {status.incident}")
+    if status.quarantined:
+        many = f"{status.quarantined} prompts were" if status.quarantined > 1 else "1 prompt was"
+        said.append(f"{many} quarantined: see events.jsonl")
+    return said
 
 
 def _before_last(path: Path, lines: int) -> int:

@@ -22,12 +22,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from millrace.actors.config import EvaluationConfig, GenerationConfig
 from millrace.actors.datasets.config import DataConfig
+from millrace.cluster.supervise.config import SuperviseConfig
 from millrace.core.config import Config, in_words
 from millrace.core.errors import ConfigError, nearest
 from millrace.core.recipe import Recipe, Rewards, Spec, Specs
 from millrace.core.recipe import load as load_recipe
 from millrace.core.references import absolute
 from millrace.core.replay.config import QueueConfig
+from millrace.core.replay.journal import JournalConfig
 from millrace.learner.config import LearnerConfig, SupervisedConfig
 from millrace.rewards.config import RewardConfig
 
@@ -124,6 +126,12 @@ class RunConfig(Config):
     """Used by recipes that learn from the data's answers instead of rollouts."""
 
     evaluation: EvaluationSection = EvaluationSection()
+    journal: JournalConfig = JournalConfig()
+    """What the queue keeps on the disk, so that it survives a kill."""
+
+    supervise: SuperviseConfig = SuperviseConfig()
+    """When a component counts as lost, and how often it is started again."""
+
     seed: int = Field(default=0, ge=0)
     """Of data order, sampling and whatever else is drawn."""
 
@@ -132,6 +140,9 @@ class RunConfig(Config):
 
     stall_s: float = Field(default=600.0, gt=0)
     """A run in which no step ends for so long is stopped with a message that says who waits for whom."""
+
+    stall_report_s: float = Field(default=60.0, gt=0)
+    """When no step ends for so long, one message says which draw everything waits for, where it is, and what to do."""
 
     tracking: Specs = ()
     """Outside systems that are told of it: "wandb", "mlflow", "prometheus", each with its own settings."""

@@ -11,6 +11,13 @@ from millrace.learner.report import LearnerStatus, StepReport
 WINDOW_S = 30.0  # rates are over the last so many seconds,
 WINDOW_STEPS = 4  # and over at least so many steps, however long they take
 PACE_STEPS = 50  # that the time left is judged by
+CAUSES = ("data", "judge", "weights", "scheduler")  # of waiting
+PARTS = {  # of the learner's time -> column of metrics.jsonl
+    "computing": "time/compute_s",
+    **{cause: f"idle/{cause}_s" for cause in CAUSES},
+    "publishing": "time/publish_s",
+    "checkpoints": "time/checkpoint_s",
+}
 
 
 def mean_lag(reports: Sequence[StepReport]) -> float:
@@ -20,6 +27,40 @@ def mean_lag(reports: Sequence[StepReport]) -> float:
     return sum(lag * many for lag, many in tokens) / total if total else 0.0
 
 
+def columns(report: StepReport) -> dict[str, float]:
+    """What a step's time went on, as in metrics.jsonl, seconds."""
+    return {
+        "time/wait_s": report.wait_s,
+        "time/compute_s": report.compute_s,
+        "time/publish_s": report.publish_s,
+        "time/checkpoint_s": report.checkpoint_s,
+        "time/other_s": report.other_s,
+        "time/step_s": report.step_s,
+        **{f"idle/{cause}_s": report.idle_s.get(cause, 0.0) for cause in CAUSES},
+    }
+
+
+class Spent:
+    """What the learner's time went on, out of the rows of metrics.jsonl."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._total_s = 0.0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One step."""
+        for name, column in PARTS.items():
+            self._seconds[name] += row.get(column) or 0.0
+        self._total_s += row["time/step_s"]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """By name; `other` is whatever no column explains. They sum to 1, or to 0 before the first step."""
+        total_s = self._total_s or 1.0
+        other_s = max(self._total_s - sum(self._seconds.values()), 0.0)
+        return {name: each / total_s for name, each in self._seconds.items()} | {"other": other_s / total_s}
+
+
 class Gauge:
     """A sliding window over the steps and the engines' counter, from `now_s` and `generated` tokens on."""
 
@@ -27,6 +68,7 @@ class Gauge:
         self._steps, self._max_lag = steps, max_lag
         self._counters = deque([(now_s, generated)])
         self._reports: deque[tuple[float, StepReport]] = deque()  # when it was seen first
+        self._spent = Spent()
         self._paces: deque[float] = deque(maxlen=PACE_STEPS)
         self._first_s: float | None = None  # of the first step, which also waited for the engines
 
@@ -47,6 +89,7 @@ class Gauge:
         self._counters.append((now_s, queue.tokens.get("generated", 0)))
         for report in fresh:
             self._reports.append((now_s, report))
+            self._spent.add(columns(report))
             if self._first_s is None:
                 self._first_s = report.step_s
             else:
@@ -74,6 +117,7 @@ class Gauge:
                 wait_share=_rate(sum(report.wait_s for report in reports) + idle_s, spent_s),
             ),
             "waits": {name: why for name, why in queue.idle.items() if why},
+            "idle": self._spent.shares,
             "eta_s": self._eta_s(queue.step),
         }
 

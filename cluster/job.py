@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from millrace.cluster import config as configs
-from millrace.cluster import run_directory, snapshot
+from millrace.cluster import guard, run_directory, snapshot
 from millrace.cluster.config import RunConfig
 from millrace.cluster.snapshot import Failure, Status
 from millrace.core import errors
 from millrace.core.errors import ConfigError, DeadlineError, MillraceError, nearest
 
 RUNS = Path("runs")  # where an id that is no path is looked for
-LEAVE_S = 10.0  # for a driver whose run has ended to end, too
+LEAVE_S = 10.0  # for a driver whose run has ended, or is not to begin, to end, too
 WORDS = 12  # last lines of a driver that ended before it could say why
 
 _drivers: list[subprocess.Popen[bytes]] = []  # of this process; each is asked now and then, so that none stays a zombie
@@ -105,6 +105,7 @@ class Job:
         if local and address is not None:
             raise ConfigError(f"a local run needs no Ray, and joins no cluster at {address}: leave out one of the two")
         directory = config.directory
+        run_directory.wait_for_remains(directory)
         if run_directory.is_held(directory):
             raise ConfigError(run_directory.in_use(directory))
         log = directory / run_directory.PROGRESS_LOG
@@ -256,7 +257,7 @@ def show_token(environment: MutableMapping[str, str], file: Path) -> None:
 
 def _driver(request: Mapping[str, Any], directory: Path, *, to_cluster: bool) -> socket.socket:
     """Start the driver, and hear whether the run can start. Returns the link to it."""
-    environment = dict(os.environ)
+    environment = {**os.environ, **guard.PLAIN, guard.RUN: str(directory), guard.MARK: guard.fresh_mark()}
     if to_cluster:
         show_token(environment, Path.home() / ".ray" / "auth_token")
     ours, theirs = socket.socketpair()
@@ -282,6 +283,11 @@ def _driver(request: Mapping[str, Any], directory: Path, *, to_cluster: bool) ->
             answer = b""
         except BaseException:
             process.terminate()
+            try:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LEAVE_S)
+            finally:  # another interrupt does not wait
+                process.kill()
             raise
         if not answer:
             raise MillraceError(_unsaid(process, words))

@@ -8,7 +8,7 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from typing import Any
 from millrace.cluster import config as configs
 from millrace.cluster import run_directory
 from millrace.cluster.config import RunConfig
+from millrace.cluster.ears import LEAVE_S, STOP_S, UNWIND_S, Brake, stopped
+from millrace.cluster.guard import guarded
 from millrace.cluster.plan import Plan, make_plan
+from millrace.cluster.pulse import death
 from millrace.cluster.report import build as report
 from millrace.cluster.run import Run
 from millrace.cluster.run_directory import held
@@ -25,7 +28,7 @@ from millrace.cluster.snapshot import Failure, Snapshot
 from millrace.cluster.snapshot import read as read_status
 from millrace.cluster.spawn import OnRay, Spawn, here
 from millrace.cluster.supervised import SupervisedRun
-from millrace.core.errors import ConfigError, MillraceError, boundary
+from millrace.core.errors import ComponentLost, ConfigError, MillraceError, boundary
 
 Say = Callable[[str], None]
 
@@ -73,14 +76,16 @@ def dry_run(config: RunConfig, *, resume: bool = False) -> Plan:
 
 
 @contextmanager
-def ready(config: RunConfig, *, resume: bool) -> Iterator[tuple[Plan, Snapshot]]:
-    """Check everything, and hold the run directory, made ready.
+def ready(config: RunConfig, *, resume: bool, mark: str | None = None) -> Iterator[tuple[Plan, Snapshot]]:
+    """Check everything, and hold the run directory, made ready, until all that runs for it has ended.
 
+    Args:
+        mark: that this process carries for its guard, if it exists for this run alone.
     Raises:
         ConfigError, DataError, ModelError, RecipeError, RewardError: the run cannot start; nothing was changed.
     """
     plan = dry_run(config, resume=resume)
-    with held(config.directory):
+    with held(config.directory) as lock, guarded(config.directory, lock=lock, mark=mark):
         _prepare(plan, resume=resume)
         steps = 0 if plan.supervised else config.loop.steps
         facts = _committed(config.directory) if resume else {}
@@ -90,34 +95,6 @@ def ready(config: RunConfig, *, resume: bool) -> Iterator[tuple[Plan, Snapshot]]
             yield plan, snapshot
         finally:
             (config.directory / run_directory.STOP).unlink(missing_ok=True)
-
-
-class Brake:
-    """Ends a run from any thread: in order when first asked, at once when asked again or told so."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._act: Callable[[bool], None] | None = None
-        self._asked: list[bool] = []
-        self.released = False  # there is nothing left to end
-
-    def pull(self, *, now: bool) -> None:
-        """Ask. What is asked before the run has begun, it hears when it begins."""
-        self._asked.append(now)
-        if self._loop is not None and self._act is not None:
-            with suppress(RuntimeError):  # the loop has ended meanwhile
-                self._loop.call_soon_threadsafe(self._act, now)
-
-    @property
-    def connected(self) -> bool:
-        """Whether a run listens."""
-        return self._act is not None
-
-    def connect(self, act: Callable[[bool], None]) -> None:
-        """From the loop of the run: `act` gets what is asked."""
-        self._loop, self._act = asyncio.get_running_loop(), act
-        for now in self._asked:
-            act(now)
 
 
 def execute(
@@ -130,11 +107,34 @@ def execute(
     say: Say,
     brake: Brake | None = None,
 ) -> Mapping[str, Any]:
-    """Run what `ready` gave; however it ends, status.json says so."""
-    brake = brake or Brake()
+    """Run what `ready` gave; however it ends, status.json says so.
+
+    Args:
+        brake: the caller hears the signals and pulls it; without one Ctrl-C and SIGTERM are heard here.
+    """
     say(str(plan))
-    with _reported(plan, say):
-        return _executed(plan, snapshot, address, local, resume, say, brake)
+    try:
+        if local:
+            with _reported(plan, say):
+                return asyncio.run(_driven(plan, snapshot, here, resume, say, brake))
+        with ray_cluster(address), _reported(plan, say):
+            spawn = OnRay()
+            try:
+                return asyncio.run(_driven(plan, snapshot, spawn, resume, say, brake, death(address)))
+            finally:
+                spawn.kill()
+    except (KeyboardInterrupt, SystemExit):
+        stopped(snapshot, say)
+        raise KeyboardInterrupt from None
+    except BaseException as caught:
+        _failed(snapshot, caught)
+        raise
+
+
+def _failed(snapshot: Snapshot, why: BaseException) -> None:
+    if not snapshot.status.ended:
+        error = Failure(kind=type(why).__name__, message=str(why))
+        snapshot.update(state="failed", error=error, eta_s=None)
 
 
 @contextmanager
@@ -148,31 +148,6 @@ def _reported(plan: Plan, say: Say) -> Iterator[None]:
                 report.write(plan.config.directory)
         except MillraceError as caught:
             say(f"there is no new report: {caught}")
-
-
-def _executed(
-    plan: Plan, snapshot: Snapshot, address: str | None, local: bool, resume: bool, say: Say, brake: Brake
-) -> Mapping[str, Any]:
-    try:
-        if local:
-            return asyncio.run(_driven(plan, snapshot, here, resume, say, brake))
-        with ray_cluster(address):
-            spawn = OnRay()
-            try:
-                return asyncio.run(_driven(plan, snapshot, spawn, resume, say, brake))
-            finally:
-                spawn.kill()
-    except KeyboardInterrupt:
-        if not snapshot.status.ended:
-            snapshot.update(state="stopped", eta_s=None, waits={})
-        raise
-    except BaseException as caught:
-        if not snapshot.status.ended:
-            error = Failure(kind=type(caught).__name__, message=str(caught))
-            snapshot.update(state="failed", error=error, eta_s=None)
-        raise
-    finally:
-        brake.released = True
 
 
 def _check_directory(plan: Plan, *, resume: bool) -> None:
@@ -211,14 +186,20 @@ def _prepare(plan: Plan, *, resume: bool) -> None:
         return
     for name in run_directory.OF_A_RUN:  # of one that ended before its first step
         (directory / name).unlink(missing_ok=True)
-    for name in ("weights", "tensorboard"):
+    for name in ("weights", "tensorboard", "rollouts"):
         shutil.rmtree(directory / name, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
     configs.save(plan.config, directory / run_directory.CONFIG)
 
 
 async def _driven(
-    plan: Plan, snapshot: Snapshot, spawn: Spawn, resume: bool, say: Say, brake: Brake
+    plan: Plan,
+    snapshot: Snapshot,
+    spawn: Spawn,
+    resume: bool,
+    say: Say,
+    brake: Brake | None,
+    death: Coroutine[Any, Any, str] | None = None,
 ) -> Mapping[str, Any]:
     """The first Ctrl-C or SIGTERM ends the run in order, the second at once."""
     run: Run | SupervisedRun
@@ -226,22 +207,79 @@ async def _driven(
         run = SupervisedRun(plan, spawn=spawn, say=say, snapshot=snapshot)
     else:
         run = Run(plan, spawn=spawn, resume=resume, say=say, snapshot=snapshot)
-    loop = asyncio.get_running_loop()
+    end = End(run, snapshot, say)
+    if brake is None:
+        brake = Brake()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError, NotImplementedError, RuntimeError):  # not in the main thread
+                asyncio.get_running_loop().add_signal_handler(number, end.ask)
+    brake.connect(end.ask)
     task = asyncio.ensure_future(run.execute())
-    stopping: list[asyncio.Future[None]] = []
-
-    def interrupt(now: bool = False) -> None:
-        if stopping or now:
-            task.cancel()
-            return
-        say("stopping after this step, with a checkpoint; once more to stop at once")
-        stopping.append(asyncio.ensure_future(run.stop()))
-
-    brake.connect(interrupt)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with suppress(ValueError, NotImplementedError):  # not in the main thread
-            loop.add_signal_handler(number, interrupt)
+    dies = asyncio.ensure_future(death) if death is not None else asyncio.get_running_loop().create_future()
     try:
-        return await task
+        await asyncio.wait({task, end.now, dies}, return_when=asyncio.FIRST_COMPLETED)
+        if dies.done() and not task.done():
+            lost = ComponentLost(_without_ray(dies.result(), snapshot))
+            _failed(snapshot, lost)  # before anything that may hang without Ray
+            brake.end_within(UNWIND_S + LEAVE_S)
+            await _cancelled(task)
+            raise lost
+        if not task.done():
+            await _cancelled(task)
+            raise KeyboardInterrupt
+        return task.result()
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
+    finally:
+        dies.cancel()
+        end.forget()
+
+
+class End:
+    """What is done when a run is told to end: in order within STOP_S, at once otherwise."""
+
+    def __init__(self, run: Run | SupervisedRun, snapshot: Snapshot, say: Say) -> None:
+        self._run, self._snapshot, self._say = run, snapshot, say
+        self._asked = False
+        self._stopping: asyncio.Future[None] | None = None
+        self._late: asyncio.TimerHandle | None = None
+        self.now: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done when it may not go on
+
+    def ask(self, now: bool = False) -> None:
+        """End it; the second time, or told so, at once."""
+        if self._asked or now:
+            self._cut()
+            return
+        self._late = asyncio.get_running_loop().call_later(STOP_S, self._cut)
+        self._asked = True
+        if not self._snapshot.status.ended:
+            self._say(f"stopping, with a checkpoint if it takes less than {STOP_S:g} s; once more to stop at once")
+            self._stopping = asyncio.ensure_future(self._run.stop())
+
+    def _cut(self) -> None:
+        if not self.now.done():
+            self.now.set_result(None)
+
+    def forget(self) -> None:
+        """It has ended."""
+        if self._late is not None:
+            self._late.cancel()
+        if self._stopping is not None:
+            self._stopping.cancel()
+
+
+async def _cancelled(task: asyncio.Future[Any]) -> None:
+    """Cancel it, and see it end if it does so in time."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=UNWIND_S)
+    if task.done() and not task.cancelled():
+        task.exception()  # is seen: it comes of being cut off
+
+
+def _without_ray(what: str, snapshot: Snapshot) -> str:
+    status = snapshot.status
+    return (
+        f"{what}, at step {status.step} of {status.steps}: without it no component can be reached, and the run cannot "
+        f"go on. Everything that was committed, up to step {status.committed_step}, is on the disk: continue with "
+        f"`millrace train --resume {status.id}`. Was it the machine's memory? `dmesg` tells whom the system killed"
+    )

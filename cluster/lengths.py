@@ -1,61 +1,39 @@
 """Whether a run trains long answers as often as it generates them: a rule that prefers short ones is biased."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 DECILES = 10
 
 
-def trained_by_length(ledger: Path, *, steps: int) -> list[dict[str, float]]:
+def trained_by_length(lengths: Mapping[int, Sequence[int]]) -> list[dict[str, float]]:
     """Share of the generated rollouts that were trained, by decile of their length.
 
     Args:
-        ledger: the run's ledger.jsonl.
-        steps: in the surviving history.
+        lengths: tokens of a rollout -> (how many that long were generated, how many of these trained), as
+            `Queue.lengths` counts them.
     Returns:
         A row per decile with `longest` (tokens), `generated` (rollouts) and `trained` (share of them); deciles that
         hold no rollout, because many are equally long, are left out.
+
+    >>> trained_by_length({3: (1, 1), 8: (1, 0)})
+    [{'longest': 3, 'generated': 1, 'trained': 1.0}, {'longest': 8, 'generated': 1, 'trained': 0.0}]
     """
-    with ledger.open("rb") as lines:
-        lengths, trained = _rollouts(map(json.loads, lines), steps=steps)
     if not lengths:
         return []
-    edges = np.unique(np.quantile(lengths, np.linspace(0, 1, DECILES + 1), method="inverted_cdf"))
-    bounds = [(-1.0, edges[0]), *pairwise(edges)] if len(edges) > 1 else [(-1.0, edges[0])]
-    of = np.array(lengths)
-    was = np.array(trained, np.float64)
-    rows = []
+    tokens = np.array(sorted(lengths))
+    generated, trained = np.array([lengths[each] for each in tokens.tolist()]).T
+    up_to = np.cumsum(generated)
+    # The length of the rollout that stands at each tenth of the way, as quantile(method="inverted_cdf") gives it.
+    places = np.maximum(1, np.ceil(np.linspace(0, 1, DECILES + 1) * up_to[-1]))
+    edges = np.unique(tokens[np.searchsorted(up_to, places)]).tolist()
+    bounds = [(-1, edges[0]), *pairwise(edges)]
+    rows: list[dict[str, float]] = []
     for low, high in bounds:
-        here = (of > low) & (of <= high)
-        if here.any():
-            rows.append({"longest": int(high), "generated": int(here.sum()), "trained": float(was[here].mean())})
+        here = (tokens > low) & (tokens <= high)
+        many = int(generated[here].sum())
+        if many:
+            rows.append({"longest": int(high), "generated": many, "trained": int(trained[here].sum()) / many})
     return rows
-
-
-def _rollouts(records: Iterable[Mapping[str, Any]], *, steps: int) -> tuple[list[int], list[bool]]:
-    """The length of every generated rollout, and whether it was trained, however often."""
-    committed = 0
-    lengths: dict[tuple[int, int], list[int]] = {}
-    first: dict[tuple[int, int], int] = {}  # group -> the step of its first use
-    for record in records:
-        rows = record.get("rows", ())
-        if record["op"] == "generated":
-            for index, attempt, _tokens, rollouts, _location in rows:
-                lengths[index, attempt] = [sum(end - start for _, start, end in runs) for runs in rollouts]
-        elif record["op"] == "took":
-            for row in rows:
-                first.setdefault((row[0], row[1]), record["step"])
-        elif record["op"] in ("lost", "filtered"):
-            ends = record.get("step", committed)  # earlier uses stand: those before this step, or before the commit
-            for row in rows:
-                if first.get((row[0], row[1]), ends) >= ends:
-                    first.pop((row[0], row[1]), None)
-        elif record["op"] in ("committed", "reverted"):
-            committed = record["step"]
-    each = [(length, first.get(group, steps) < steps) for group, own in lengths.items() for length in own]
-    return [length for length, _ in each], [was for _, was in each]

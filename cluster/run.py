@@ -1,40 +1,40 @@
-"""One run, from a plan to its result: start the line, watch it, record it, end it."""
+"""One run, from a plan to its result: start the line, keep it in being, watch it, record it, end it."""
 
 import asyncio
-import json
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from millrace.actors.evaluation import Evaluation
+from millrace.cluster.conclude import conclude
 from millrace.cluster.gauge import Gauge
-from millrace.cluster.lengths import trained_by_length
+from millrace.cluster.history import History
 from millrace.cluster.plan import Plan
 from millrace.cluster.progress import line as progress_line
-from millrace.cluster.progress import shown
 from millrace.cluster.record import Recorder, plain
-from millrace.cluster.result import Row, evaluated, result, row
-from millrace.cluster.run_directory import RESULT
 from millrace.cluster.samples import RolloutLog
-from millrace.cluster.snapshot import Score, Snapshot
+from millrace.cluster.snapshot import ComponentNow, Score, Snapshot
 from millrace.cluster.spawn import Spawn
+from millrace.cluster.supervise.supervisor import Supervisor
 from millrace.cluster.trackers import tracked
 from millrace.cluster.wiring import Line, wire
+from millrace.core.calls import persist
 from millrace.core.errors import DeadlineError, MillraceError, boundary
 from millrace.core.protocols import QueueStatus
 from millrace.learner.model import load_tokenizer
-from millrace.learner.report import StepReport
+from millrace.learner.report import LearnerStatus
+
+T = TypeVar("T")
 
 POLL_S = 1.0
 LINE_S = 5.0  # between two progress lines
 CLOSE_S = 20.0  # for an engine to end
-LEAVE_S = 5.0  # for workers to see what is in hand through, and leave, when the run was stopped
+# When the run was stopped; together they leave time for Ray to end within ten seconds.
+STOP_S = 3.5  # for the learner to finish its step and commit it
+LEAVE_S = 1.5  # for workers to put what is finished, and leave
+SOON_S = 0.5  # for an engine to end
 
 
 class Run:
@@ -55,18 +55,14 @@ class Run:
         self._resume = resume
         self._spawn = spawn
         self._say = say
-        self._rollouts = RolloutLog(config.directory, partial(load_tokenizer, config.model))
-        self._reports: list[StepReport] = []  # without their samples, which are on the disk
-        self._evaluations: list[Evaluation] = []
-        self._rows: list[Row] = []  # of all steps in the surviving history, those of earlier incarnations first
-        self._held_out: list[dict[str, Any]] = []  # and of all evaluations
-        self._resumed_at = 0
         self._generated, self._version = 0, -1  # tokens and newest weights, of earlier incarnations
-        self._tokens: Mapping[str, int] = {}  # the waste ledger at the last look
-        self._waiting: Counter[str] = Counter()
+        self._waiting: Counter[tuple[str, str]] = Counter()  # worker, cause -> polls
         self._polls = 0
-        self._stopped = asyncio.Event()
-        self._line: Line | None = None
+        self._queue: QueueStatus | None = None  # its last status
+        self._stopped_at: float | None = None
+        self._without_checkpoint = False
+        self._learner: LearnerStatus | None = None  # the last that it said
+        self._supervisor: Supervisor | None = None
         self._gauge: Gauge | None = None
 
     async def execute(self) -> Mapping[str, Any]:
@@ -75,7 +71,7 @@ class Run:
         Returns:
             What result.json holds.
         Raises:
-            MillraceError: a component failed; the message names it and the cause.
+            MillraceError: a component failed for good; the message names it and the cause.
         """
         config = self._plan.config
         with Recorder(config.directory) as record:
@@ -97,59 +93,94 @@ class Run:
                 raise
 
     async def _recorded(self, record: Recorder) -> Mapping[str, Any]:
-        line = self._line = wire(self._plan, self._spawn)
-        if self._resume:
-            await self._look_back(line, record)
-        if self._stopped.is_set():
-            await line.learner.stop()
-        components = {"learner": line.learner, **line.workers}
-        if line.held_out is not None:
-            components["held-out"] = line.held_out
-        tasks = {name: asyncio.ensure_future(_attributed(name, each)) for name, each in components.items()}
-        self._say("starting the learner, the engines and the judges")
-        record.event("resumed" if self._resume else "started", step=self._resumed_at, components=sorted(tasks))
+        self._line = wire(self._plan, self._spawn)
         try:
-            await self._watch(line, tasks, record)
-            await self._end(line, tasks, record)
+            return await self._wired(self._line, record)
+        finally:  # the ledger's files are whole then, and can be opened
+            with suppress(MillraceError, TimeoutError), boundary("closing the queue"):
+                await asyncio.wait_for(self._line.queue.close(), SOON_S)
+
+    async def _wired(self, line: Line, record: Recorder) -> Mapping[str, Any]:
+        config = self._plan.config
+        rollouts = RolloutLog(config.directory, partial(load_tokenizer, config.model))
+        self._history = History(record, rollouts, say=self._say)
+        status = await self._status()
+        await self._history.tell_damage(line.queue)
+        if self._resume:
+            self._history.look_back(status)
+            self._generated, self._version = status.tokens.get("generated", 0), status.newest_version
+        supervisor = self._supervisor = self._supervised(line, record)
+        tasks = supervisor.start()
+        if self._stopped_at is not None:
+            self._tell_learner_to_stop()
+        self._say("starting the learner, the engines and the judges")
+        kind = "resumed" if self._resume else "started"
+        record.event(kind, step=self._history.resumed_at, components=sorted(supervisor.names))
+        try:
+            await self._watch(tasks, record)
+            await self._end(tasks, record)
         finally:
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-            with suppress(MillraceError), boundary("collecting"):  # the last steps of a run that fails are kept, too
-                await self._collect(line, record)
-        found = await self._conclude(line, record)
-        await self._close(line)
+            with suppress(MillraceError, TimeoutError):  # the last steps of a run that fails are kept, too
+                async with asyncio.timeout(SOON_S):
+                    await self._status()
+                    await self._collect()
+            self._see()
+        found = await self._conclude(record)
+        await self._close()
         return found
 
-    async def _close(self, line: Line) -> None:
-        """Let engines end in order: one that has processes of its own leaves shared memory behind otherwise."""
-        for name, each in line.engines.items():
-            try:
-                with boundary(f"closing {name}"):
-                    await asyncio.wait_for(each.close(), CLOSE_S)
-            except MillraceError as caught:
-                self._say(f"{caught}; its process is ended all the same")
+    def _supervised(self, line: Line, record: Recorder) -> Supervisor:
+        supervisor = Supervisor(
+            self._plan.config.supervise,
+            spawn=self._spawn,
+            queue=line.queue,
+            lasting={"queue": line.queue, "weights": line.store},
+            makers=line.makers,
+            tell=record.event,
+            say=self._say,
+            lost=self._lost,
+        )
+        supervisor.ending = lambda name: self._stopped_at is not None and name != "queue"
+        return supervisor
 
-    async def _look_back(self, line: Line, record: Recorder) -> None:
-        """Go on from what earlier incarnations recorded, as far as it is committed."""
-        status: QueueStatus = await line.queue.status()
-        kept = record.rewind(status.committed_step)
-        self._rollouts.rewind(status.committed_step)
-        self._rows = [each for each in kept if "held_out" not in each]
-        self._held_out = [each["held_out"] for each in kept if "held_out" in each]
-        self._resumed_at = len(self._rows)
-        self._generated, self._version = status.tokens.get("generated", 0), status.newest_version
+    async def _lost(self, component: str) -> None:
+        self._history.lost(component)
+
+    async def _close(self) -> None:
+        """Let engines end in order: one that has processes of its own leaves shared memory behind otherwise."""
+        limit_s = CLOSE_S if self._stopped_at is None else SOON_S
+        await asyncio.gather(*(self._closed(name, limit_s) for name in self._line.engines))
+
+    async def _closed(self, name: str, limit_s: float) -> None:
+        assert self._supervisor is not None
+        try:
+            with boundary(f"closing {name}"):
+                await asyncio.wait_for(self._supervisor[name].close(), limit_s)
+        except MillraceError as caught:
+            self._say(f"{caught}; its process is ended all the same")
 
     async def stop(self) -> None:
-        """Finish the step under way, commit it, and end the run."""
-        self._stopped.set()
+        """Finish the step under way, commit it, and end the run. What does not come in time is not waited for."""
+        if self._stopped_at is None:
+            self._stopped_at = time.monotonic()
         self._snapshot.update(state="stopping")
-        if self._line is not None:
-            await self._line.learner.stop()
+        self._tell_learner_to_stop()
 
-    async def _watch(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
+    def _tell_learner_to_stop(self) -> None:
+        async def told() -> None:
+            with suppress(MillraceError), boundary("stopping the learner"):
+                assert self._supervisor is not None
+                await self._supervisor["learner"].stop()
+
+        if self._supervisor is not None:
+            self._telling = asyncio.ensure_future(told())
+
+    async def _watch(self, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
         """Record what happens until the learner is done."""
-        began = last_step = last_line = time.monotonic()
+        began = last_step = last_line = reported = time.monotonic()
         loop = self._plan.config.loop
         gauge = Gauge(began, self._generated, steps=loop.steps, max_lag=loop.max_lag)
         while True:
@@ -157,46 +188,96 @@ class Run:
             await asyncio.wait(running, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks.values():
                 if task.done():
-                    task.result()  # raises what the component raised
-            with boundary("watching the queue"):
-                status: QueueStatus = await line.queue.status()
+                    task.result()  # raises what ended the component for good
             now = time.monotonic()
+            if self._too_late(now) and not tasks["learner"].done():
+                await self._abandon(tasks["learner"], record)
+                return
+            status = await self._status()
             if self._gauge is None:
-                if status.newest_version <= self._version:
-                    self._snapshot.update()
+                self._see()
+                if status.newest_version <= self._version and not tasks["learner"].done():
                     gauge.begin(now, status)
                     self._refuse_a_stall(now - began, status)
                     continue
-                began = last_step = last_line = now
+                began = last_step = last_line = reported = now
                 self._gauge = gauge
                 self._say("learner is ready; waiting for the first rollouts")
-            self._polls += 1
-            self._waiting.update(name for name, why in status.idle.items() if why)
-            fresh = await self._look(line, record, status)
-            last_step = now if fresh else last_step
+            self._note_waits(status)
+            if await self._look(status):
+                last_step = reported = now
             if tasks["learner"].done():
                 return
             self._refuse_a_stall(now - last_step, status)
-            if now - last_line >= LINE_S and self._reports:
+            if now - reported >= self._plan.config.stall_report_s:
+                reported = now
+                await self._report_a_stall(now - last_step, record)
+            if now - last_line >= LINE_S and self._history.rows:
                 last_line = now
                 self._say(progress_line(self._snapshot.status))
 
-    async def _look(self, line: Line, record: Recorder, status: QueueStatus) -> list[StepReport]:
-        """Collect what is new, and tell it in status.json."""
-        self._tokens = status.tokens
-        with boundary("collecting what the learner and the evaluation report"):
-            fresh = await self._collect(line, record)
-            learner = await line.learner.status()
-            await line.store.held()  # a dead store is noticed here first
-        assert self._gauge is not None
-        newest = max(self._held_out, key=lambda each: int(each["step"]), default=None)
-        self._snapshot.update(
-            state="stopping" if self._stopped.is_set() else "running",
-            reward=self._rows[-1]["reward/mean"] if self._rows else None,
+    def _too_late(self, now: float) -> bool:
+        return self._stopped_at is not None and now - self._stopped_at > STOP_S
+
+    async def _abandon(self, learner: asyncio.Future[None], record: Recorder) -> None:
+        """The run was stopped, and the step under way takes too long: what is committed stays."""
+        learner.cancel()
+        self._spawn.end("learner")
+        self._without_checkpoint = True
+        at = self._snapshot.status
+        record.event("stopped without a checkpoint", step=at.step, committed_step=at.committed_step)
+        redone = f"steps {at.committed_step + 1} to {at.step} are made again" if at.step > at.committed_step else ""
+        note = (
+            f"stopped without a checkpoint: step {at.step + 1} did not end within {STOP_S:g} s. The last commit is "
+            f"step {at.committed_step}; nothing that was generated is lost. Continue with: millrace train --resume "
+            f"{self._plan.config.directory}" + (f" ({redone})" if redone else "")
+        )
+        self._snapshot.update(note=note)
+        self._say(note)
+
+    def _note_waits(self, status: QueueStatus) -> None:
+        self._polls += 1
+        self._waiting.update((name, status.idle_causes.get(name, "other")) for name, why in status.idle.items() if why)
+
+    async def _status(self) -> QueueStatus:
+        """Of the queue; a restart of it is waited for."""
+        status: QueueStatus = await self._answered(self._line.queue.status, "status of the queue")
+        self._queue = status
+        return status
+
+    async def _answered(self, call: Callable[[], Awaitable[T]], what: str) -> T:
+        limit_s = self._plan.config.supervise.start_s if self._stopped_at is None else STOP_S
+        remedy = "Look at driver.log and events.jsonl of the run; continue it with --resume."
+        return await persist(call, what=f"driver: {what}", remedy=remedy, deadline_s=limit_s)
+
+    async def _look(self, status: QueueStatus) -> bool:
+        """Collect what is new, and tell it in status.json. True when there were new steps."""
+        fresh = await self._collect()
+        assert self._gauge is not None and self._supervisor is not None
+        learner = self._learner or LearnerStatus(phase="loading", phase_s=0.0, step=status.step, version=-1)
+        rows, held_out = self._history.rows, self._history.held_out
+        newest = max(held_out, key=lambda each: int(each["step"]), default=None)
+        self._see(
+            state="stopping" if self._stopped_at is not None else "running",
+            reward=rows[-1]["reward/mean"] if rows else None,
             held_out=None if newest is None else Score(step=newest["step"], mean=newest["mean"]),
+            quarantined=status.quarantined,
             **plain(self._gauge.look(time.monotonic(), status, learner, fresh)),
         )
-        return fresh
+        return bool(fresh)
+
+    def _see(self, **changes: Any) -> None:
+        """A new moment in status.json."""
+        assert self._supervisor is not None
+        components = {
+            name: ComponentNow(
+                state=each.state, pid=each.pid, node=each.node, restarts=each.restarts, since_s=each.since_s
+            )
+            for name, each in self._supervisor.components.items()
+        }
+        self._snapshot.update(
+            components=components, incidents=self._supervisor.incidents, incident=self._supervisor.incident, **changes
+        )
 
     def _refuse_a_stall(self, silent_s: float, status: QueueStatus) -> None:
         limit_s = self._plan.config.stall_s
@@ -209,79 +290,93 @@ class Run:
             "Raise stall_s if a step may take so long, or look at what they wait for"
         )
 
-    async def _collect(self, line: Line, record: Recorder) -> list[StepReport]:
-        """Fetch and record the steps and evaluations since the last time."""
-        fresh: list[StepReport] = list(await line.learner.reports(after=len(self._reports)))
-        self._rollouts.write([sample for report in fresh for sample in report.samples])
-        reports = [replace(report, samples=()) for report in fresh]
-        self._reports += reports
-        for report in reports:
-            self._rows.append(plain(row(report, tokens=self._tokens)))
-            record.metrics(report.step, self._rows[-1])
-        if line.held_out is not None:
-            for evaluation in await line.held_out.results(after=len(self._evaluations)):
-                self._evaluations.append(evaluation)
-                facts = plain(evaluated(evaluation))
-                if any(each["step"] == evaluation.step for each in self._held_out):
-                    continue  # of the weights that the run resumed from, and evaluated before it ended
-                self._held_out.append(facts)
-                record.metrics(evaluation.step, {"held_out/mean": evaluation.mean, "held_out": facts})
-                record.event("evaluated", **facts)
-                if evaluation.step == 0:
-                    self._say(f"held-out before training: {shown(evaluation.mean)}")
-        return reports
+    async def _report_a_stall(self, silent_s: float, record: Recorder) -> None:
+        """One message that says what everything waits for, where it is, and what to do."""
+        why: str = await self._answered(self._line.queue.stalled, "asking the queue what it waits for")
+        assert self._supervisor is not None
+        down = [f"{name} is {each.state}" for name, each in self._supervisor.components.items() if each.lost_at]
+        text = f"no step ended for {silent_s:.0f} s (stall_report_s): " + "; ".join([why, *down])
+        record.event("stalled", silent_s=silent_s, why=text)
+        self._say(text)
 
-    async def _end(self, line: Line, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
+    async def _collect(self) -> list[Any]:
+        """Fetch and record the steps, evaluations and events since the last time; what is being restarted waits."""
+        if self._supervisor is None or self._queue is None:
+            return []
+        learner = self._supervisor["learner"]
+        held_out = self._supervisor["held-out"] if "held-out" in self._supervisor.names else None
+        with boundary("collecting what the learner and the evaluation report"):
+            try:
+                fresh = list(await self._history.collect(learner, held_out, self._line.queue, self._queue))
+                self._learner = await learner.status()
+            except ConnectionError:
+                return []
+        for worker in self._history.blamed():
+            self._supervisor.refund(worker)
+        return fresh
+
+    async def _end(self, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
         """The learner is done: let the others finish what they have, and leave."""
-        await line.queue.finish()
-        if line.held_out is not None:
-            await line.held_out.finish()
-        others = {name: task for name, task in tasks.items() if name != "learner"}
+        assert self._supervisor is not None
+        stopped = self._stopped_at is not None
+        self._supervisor.ending = lambda name: name not in ("queue", "weights", "held-out") or stopped
+        await self._answered(self._line.queue.finish, "ending the run at the queue")
+        if "held-out" in tasks and not stopped:
+            await self._supervisor["held-out"].finish()
+        others = {name: tasks[name] for name in self._supervisor.names if name != "learner"}
         late, began = set(others.values()), time.monotonic()
         while late:
             # Who stops a run does not wait; otherwise the last evaluation may take its time.
-            limit_s = LEAVE_S if self._stopped.is_set() else self._plan.config.stall_s
+            limit_s = LEAVE_S if self._stopped_at is not None else self._plan.config.stall_s
             if time.monotonic() - began > limit_s:
                 names = ", ".join(name for name, task in others.items() if task in late)
                 self._say(f"{names} did not leave within {limit_s:g} s and will be ended")
                 return
-            done, late = await asyncio.wait(late, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            done, late = await asyncio.wait(late, timeout=POLL_S / 4, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            await self._look(line, record, await line.queue.status())
+            if not self._without_checkpoint:
+                await self._look(await self._status())
 
-    async def _conclude(self, line: Line, record: Recorder) -> Mapping[str, Any]:
-        """Write result.json and model/."""
-        directory = self._plan.config.directory
-        status = await line.queue.status()
-        await self._look(line, record, status)
-        checkpoint: str | None = await line.learner.checkpoint()
-        if checkpoint is not None:
-            export(Path(checkpoint), directory / "model")
-        failures = await self._judge_failures(line, record, dead=status.states.get("dead", 0))
-        found = plain(
-            result(
-                self._plan,
-                judge_failures=failures,
-                ended="finished" if status.step >= self._plan.config.loop.steps else "stopped",
-                rows=self._rows,
-                resumed_at=self._resumed_at,
-                evaluations=sorted(self._held_out, key=lambda each: int(each["step"])),
-                status=status,
-                idle_workers={name: self._waiting[name] / max(self._polls, 1) for name in line.workers},
-                checkpoint=checkpoint,
-                by_length=trained_by_length(directory / "ledger.jsonl", steps=status.step),
-            )
+    async def _conclude(self, record: Recorder) -> Mapping[str, Any]:
+        """Write what a run leaves: result.json, model/ and the rollouts."""
+        status = await self._status()
+        if not self._without_checkpoint:
+            await self._look(status)
+        ended = "finished" if status.step >= self._plan.config.loop.steps else "stopped"
+        if ended == "finished":  # of one that was stopped, `millrace rollouts` makes the file
+            await self._line.queue.export()
+        await self._history.tell_damage(self._line.queue)
+        failures = await self._judge_failures(record, dead=status.states.get("dead", 0))
+        found = conclude(
+            self._plan,
+            self._history,
+            status,
+            await self._line.queue.lengths(),
+            ended=ended,
+            idle_workers=self._idle_workers(),
+            judge_failures=failures,
         )
-        (directory / RESULT).write_text(json.dumps(found, indent=2) + "\n")
         record.event(found["ended"], step=found["steps"])
         self._snapshot.update(state=found["ended"], eta_s=None, waits={})
-        return dict(found)
+        return found
 
-    async def _judge_failures(self, line: Line, record: Recorder, *, dead: int) -> Mapping[str, Any] | None:
+    def _idle_workers(self) -> Mapping[str, Mapping[str, float]]:
+        """Share of the time that each worker waited for the queue, by cause."""
+        shares: dict[str, dict[str, float]] = {name: {} for name in self._line.workers}
+        for (name, cause), polls in self._waiting.items():
+            if name in shares:
+                shares[name][cause] = polls / max(self._polls, 1)
+        return shares
+
+    async def _judge_failures(self, record: Recorder, *, dead: int) -> Mapping[str, Any] | None:
         """Verdicts that failed, and the first one's cause; None where all were given."""
-        with boundary("asking the reward workers"):
-            said = [await worker.status() for name, worker in line.workers.items() if name.startswith("reward-")]
+        assert self._supervisor is not None
+        said = []
+        for name in self._line.workers:
+            if name.startswith("reward-"):
+                with suppress(MillraceError), boundary("asking the reward workers"):
+                    said.append(await asyncio.wait_for(self._supervisor[name].status(), SOON_S))
         many = sum(each["verdicts"]["judge_failed"] for each in said)
         if not many:
             return None
@@ -289,16 +384,3 @@ class Run:
         record.event("judge failures", verdicts=many, given_up_draws=dead, first=first)
         self._say(f"{many} verdicts failed and {dead} draws were given up; the first: {first.splitlines()[0]}")
         return {"verdicts": many, "first": first}
-
-
-async def _attributed(name: str, component: Any) -> None:
-    with boundary(name):
-        await component.run()
-
-
-def export(checkpoint: Path, directory: Path) -> None:
-    """The model of a checkpoint, without what only the learner needs."""
-    if directory.exists():
-        shutil.rmtree(directory)
-    private = {"learner", "files.json"}
-    shutil.copytree(checkpoint, directory, ignore=lambda _, names: private.intersection(names))

@@ -26,16 +26,20 @@ REPORT = "report.html"
 PROGRESS_LOG = "progress.log"  # the lines a person reads
 DRIVER_LOG = "driver.log"  # whatever else the driver's process and Ray print
 
-OF_A_RUN = (STOP, RESULT, METRICS, ROLLOUTS, REPORT, "ledger.jsonl", "status.json", PROGRESS_LOG, DRIVER_LOG)
+LEDGER = ("ledger.sqlite", "ledger.sqlite-wal", "ledger.holder", "rollouts.parquet")
+OF_A_RUN = (STOP, RESULT, METRICS, ROLLOUTS, REPORT, *LEDGER, "status.json", PROGRESS_LOG, DRIVER_LOG)
 
 GLANCE_S = 2.0  # others who look whether a run is held, hold it themselves for microseconds
 POLL_S = 0.2
+REMAINS_S = 10.0  # for the processes of a run whose driver was killed
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[None]:
+def held(directory: Path) -> Iterator[int]:
     """Hold the directory: nobody else runs in it meanwhile. The system lets go of it whenever this process ends.
 
+    Yields:
+        The lock's descriptor; a process that is given it holds the directory as well.
     Raises:
         ConfigError: another process runs in it.
     """
@@ -56,7 +60,7 @@ def held(directory: Path) -> Iterator[None]:
             time.sleep(POLL_S / 4)
         os.truncate(file, 0)
         os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
+        yield file
     finally:
         holding = False
         os.close(file)
@@ -72,6 +76,28 @@ def is_held(directory: Path) -> bool:
         return not _locked(file, fcntl.LOCK_SH)
     finally:
         os.close(file)
+
+
+def wait_for_remains(directory: Path) -> None:
+    """Where the process that ran in it has ended, here, what is left of its run is being ended: wait for that."""
+    began = time.monotonic()
+    while is_held(directory) and (passed_s := time.monotonic() - began) < REMAINS_S:
+        with suppress(OSError, ValueError, KeyError):
+            told = json.loads((directory / LOCK).read_bytes())
+            # One that was killed this moment still looks alive.
+            if told["host"] != socket.gethostname() or (passed_s > 2 * POLL_S and _alive(told["pid"])):
+                return
+        time.sleep(POLL_S)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
 
 
 def holder(directory: Path) -> str:

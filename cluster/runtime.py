@@ -2,12 +2,15 @@
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
+from millrace.cluster.guard import guarded
 from millrace.core.errors import ConfigError, boundary
 
 # Every process of a run gets these; what the user set stands.
@@ -28,13 +31,16 @@ def knock(address: str) -> None:
     Raises:
         ConfigError: nobody does. An address that Ray resolves, as "auto", is taken as it is.
     """
+    with boundary(_joining(address), ConfigError):
+        answers(address)
+
+
+def answers(address: str) -> None:
+    """The same; nobody there is an OSError."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return
-    with (
-        boundary(_joining(address), ConfigError),
-        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=KNOCK_S),
-    ):
+    with socket.create_connection((host.rpartition("/")[2], int(port)), timeout=KNOCK_S):
         pass
 
 
@@ -52,6 +58,14 @@ def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = 
     if ray.is_initialized():
         yield
         return
+    if address is not None:
+        knock(address)
+    with guarded(), _ray(address, environment):
+        yield
+
+
+@contextmanager
+def _ray(address: str | None, environment: Mapping[str, str]) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     variables = {name: os.environ.get(name, value) for name, value in environment.items()}
     options = {
@@ -59,15 +73,29 @@ def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = 
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": variables},
     }
-    if address is None:
-        os.environ.update(variables)
-        with boundary("starting Ray on this machine", ConfigError):
-            ray.init(address="local", include_dashboard=False, **options)
-    else:
-        knock(address)
-        with boundary(_joining(address), ConfigError):
-            ray.init(address=address, **options)
+    try:
+        with _signals_kept():
+            if address is None:
+                os.environ.update(variables)
+                with boundary("starting Ray on this machine", ConfigError):
+                    ray.init(address="local", include_dashboard=False, **options)
+            else:
+                with boundary(_joining(address), ConfigError):
+                    ray.init(address=address, **options)
+        yield
+    finally:
+        ray.shutdown()  # of half a Ray, too: an interrupt may come while it starts
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray installs a handler for SIGTERM, which ends the process without a word in status.json."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)

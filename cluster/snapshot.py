@@ -58,6 +58,19 @@ class LearnerNow(TypedDict):
     wait_share: float
 
 
+ComponentState = Literal["starting", "serving", "suspect", "restarting", "given up", "left"]
+
+
+class ComponentNow(TypedDict):
+    """One component: what it does, where, and how often it had to be started again."""
+
+    state: ComponentState
+    pid: int
+    node: str
+    restarts: int
+    since_s: float  # unix, of this state
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """One moment of a run."""
@@ -85,7 +98,28 @@ class Status:
     )
     learner: LearnerNow = field(default_factory=lambda: LearnerNow(phase="", phase_s=0.0, wait_share=0.0))
     waits: Mapping[str, str] = field(default_factory=dict)  # worker -> what it waits for
+    components: Mapping[str, ComponentNow] = field(default_factory=dict)  # by name
+    incidents: int = 0  # components lost, over all incarnations
+    incident: str = ""  # the last of them
+    idle: Mapping[str, float] = field(default_factory=dict)  # what the learner's time went on so far, shares
+    quarantined: int = 0  # prompts that were given up
+    note: str = ""  # what a run that was stopped left undone, and how it goes on
     eta_s: float | None = None
+
+    @property
+    def restarts(self) -> int:
+        """Of all components, in this incarnation."""
+        return sum(each["restarts"] for each in self.components.values())
+
+    @property
+    def down(self) -> dict[str, ComponentNow]:
+        """Components that should serve and do not; while the run starts, all are only starting."""
+        wrong = ("suspect", "restarting", "given up")
+        return {
+            name: each
+            for name, each in self.components.items()
+            if each["state"] in wrong or (each["state"] == "starting" and each["restarts"])
+        }
 
     @property
     def ended(self) -> bool:
@@ -151,6 +185,19 @@ def lost(status: Status) -> Status:
         "its last words are in driver.log there"
     )
     return replace(status, state="failed", error=Failure(kind=LOST, message=message), eta_s=None, waits={})
+
+
+def cut_short(status: Status) -> str:
+    """What is said of a run that was stopped before it could commit.
+
+    >>> print(cut_short(Status(id="x", state="stopped", step=6, committed_step=5)))
+    stopped during step 7 without a checkpoint; the last commit is step 5; continue with `millrace train --resume x`
+    """
+    go_on = f"continue with `millrace train --resume {status.id}`"
+    if status.step <= 0 and not status.committed_step:
+        return f"stopped before the first step was made; {go_on}"
+    last = f"the last commit is step {status.committed_step}" if status.committed_step else "nothing was committed yet"
+    return f"stopped during step {status.step + 1} without a checkpoint; {last}; {go_on}"
 
 
 def _finite(value: Any) -> Any:

@@ -5,21 +5,55 @@ both return a handle on which `await handle.method(...)` means the same, from an
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
+
+MARK, END_OF_FILE = "Worker exit detail:", "connection error code 2"  # in what Ray says of a dead actor
 
 
 class Spawn(Protocol):
     """How `wire` makes its components."""
 
-    def __call__(self, cls: type, *args: Any, name: str, gpus: float = 0, home: bool = False, **kwargs: Any) -> Any:
-        """`home`: on the machine of the caller, whose disk holds the run directory."""
+    def __call__(
+        self,
+        cls: type,
+        *args: Any,
+        name: str,
+        gpus: float = 0,
+        home: bool = False,
+        lasting: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Args:
+            home: on the machine of the caller, whose disk holds the run directory.
+            lasting: its handle outlives its process: another one is started in its place, with the same arguments.
+        """
+        ...
+
+    def end(self, name: str) -> None:
+        """End the component of this name, whatever it does; one that ended already does not mind."""
+        ...
+
+    def nurse(self, node: str) -> Any:
+        """Who looks at processes of a machine; see `whereabouts`."""
         ...
 
 
@@ -41,15 +75,59 @@ class Here:
         return call
 
 
-def here(cls: type, *args: Any, name: str, gpus: float = 0, home: bool = False, **kwargs: Any) -> Here:
-    """A component in this process and event loop."""
-    return Here(cls(*args, **kwargs), asyncio.get_running_loop())
+class InProcess:
+    """Components in this process and event loop."""
+
+    def __call__(
+        self,
+        cls: type,
+        *args: Any,
+        name: str,
+        gpus: float = 0,
+        home: bool = False,
+        lasting: bool = False,
+        **kwargs: Any,
+    ) -> Here:
+        return Here(cls(*args, **kwargs), asyncio.get_running_loop())
+
+    def end(self, name: str) -> None:
+        """What runs in this process ends when its tasks are cancelled."""
+
+    def nurse(self, node: str) -> Nurse:
+        return Nurse()
+
+
+here = InProcess()
+
+
+class Reachable:
+    """What every component that is an actor answers besides its own methods."""
+
+    async def whereabouts(self) -> tuple[str, int]:
+        """The id of its machine in Ray, and its process."""
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+
+# How Ray says that a process was lost where it does not say it of the actor; the first when it ended it itself.
+LOST = (OutOfMemoryError, WorkerCrashedError, NodeDiedError, ObjectLostError)
+
+
+class Gone(ConnectionError):
+    """A component's process has ended, or cannot be reached."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} is gone: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return Gone, (self.name, self.reason)
 
 
 class Handle:
     """A component that is a Ray actor: `await handle.put(x)` is `await actor.put.remote(x)`.
 
-    What the component raises arrives as it was raised. A dead component is a ConnectionError that names it.
+    What the component raises arrives as it was raised. A dead component is `Gone`; one whose constructor failed is a
+    ConnectionRefusedError.
     """
 
     def __init__(self, actor: Any, name: str) -> None:
@@ -67,7 +145,11 @@ class Handle:
             except RayTaskError as caught:
                 raise caught.cause from None
             except RayActorError as caught:
-                raise ConnectionError(f"{self._name} is gone: {_reason(caught)}") from None
+                if caught.actor_init_failed:
+                    raise ConnectionRefusedError(f"{self._name} could not be started: {_reason(caught)}") from None
+                raise Gone(self._name, _reason(caught)) from None
+            except LOST as caught:
+                raise Gone(self._name, _reason(caught)) from None
 
         return call
 
@@ -78,11 +160,17 @@ class Handle:
         return f"Handle({self._name})"
 
 
-def _reason(error: RayActorError) -> str:
-    """The line of Ray's report that says why: what the constructor raised, or how the process ended."""
+def _reason(error: RayError) -> str:
+    """What Ray's report says of why: what the constructor raised, or how the process ended."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    exit_detail = next((line for line in lines if "exit detail" in line), None)
-    return exit_detail or lines[-1]
+    if isinstance(error, OutOfMemoryError):
+        return f"out of memory: {lines[0]}"
+    detail = next((line.partition(MARK)[2] for line in lines if MARK in line), "")
+    if END_OF_FILE in detail or isinstance(error, ActorUnavailableError):  # all that Ray sees of a kill
+        return "its process was killed, or crashed"
+    if not detail:
+        return lines[-1]
+    return detail.partition(" Some common causes")[0].strip()
 
 
 class OnRay:
@@ -90,8 +178,19 @@ class OnRay:
 
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
+        self._nurses: dict[str, Any] = {}
+        self._arguments: dict[str, Any] = {}  # of lasting ones, in Ray's object store
 
-    def __call__(self, cls: type, *args: Any, name: str, gpus: float = 0, home: bool = False, **kwargs: Any) -> Handle:
+    def __call__(
+        self,
+        cls: type,
+        *args: Any,
+        name: str,
+        gpus: float = 0,
+        home: bool = False,
+        lasting: bool = False,
+        **kwargs: Any,
+    ) -> Handle:
         available = ray.cluster_resources().get("GPU", 0)
         if gpus > available:
             raise ConfigError(
@@ -99,17 +198,50 @@ class OnRay:
                 "lower `gpus` in the run's configuration, or join a cluster with --address"
             )
         # Methods of one actor run concurrently: a long poll must not hold a heartbeat.
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus, "max_concurrency": 1000, "max_restarts": 0}
+        options: dict[str, Any] = {
+            "num_cpus": 0,
+            "num_gpus": gpus,
+            "max_concurrency": 1000,
+            "max_restarts": -1 if lasting else 0,
+        }
         if home:
-            node = ray.get_runtime_context().get_node_id()
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
-        own = type(cls.__name__, (cls,), {})  # Ray wraps the methods of the class it is given, in place
+            options["scheduling_strategy"] = _on(ray.get_runtime_context().get_node_id())
+        # Ray wraps the methods of the class it is given, in place.
+        own = type(cls.__name__, (cls, Reachable), {"__init__": _unpacked} if lasting else {})
+        self.end(name)
+        if lasting:  # Ray forgets large arguments when they were used once; these are kept for the next process
+            self._arguments[name] = ray.put((cls, args, kwargs))
+            args, kwargs = ([self._arguments[name]],), {}
         actor = ray.remote(own).options(**options).remote(*args, **kwargs)
         self._actors[name] = actor
         return Handle(actor, name)
 
+    def end(self, name: str) -> None:
+        actor = self._actors.pop(name, None)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+
+    def nurse(self, node: str) -> Any:
+        if node not in self._nurses:
+            if node == ray.get_runtime_context().get_node_id():
+                self._nurses[node] = Nurse()
+            else:
+                own = type("Nurse", (Nurse,), {})
+                actor = ray.remote(own).options(num_cpus=0, scheduling_strategy=_on(node)).remote()
+                self._nurses[node] = Handle(actor, f"the nurse of node {node[:8]}")
+        return self._nurses[node]
+
     def kill(self) -> None:
         """End every actor that was spawned; those that ended already do not mind."""
-        for actor in self._actors.values():
-            ray.kill(actor, no_restart=True)
-        self._actors.clear()
+        for name in tuple(self._actors):
+            self.end(name)
+
+
+def _unpacked(self: Any, kept: list[Any]) -> None:
+    """The constructor of a component whose arguments are kept."""
+    cls, args, kwargs = ray.get(kept[0])
+    cls.__init__(self, *args, **kwargs)
+
+
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)

@@ -12,12 +12,12 @@
     Learner            consumes judged groups;               waits for a full batch;  unblocked by put_verdicts
     HeldOut            consumes the weights held for it;     waits for the next;      unblocked by publish
 
-Each knows the queue and the store alone, so any of them can come and go without the others noticing. Queue, store
-and a learner without a GPU live on the machine that started the run, whose disk holds the run directory; a learner on
-another machine needs that directory on a shared file system.
+Each knows the queue and the store alone, so any of them can come and go without the others noticing: what is lost is
+made anew (cluster/supervise/). Queue, store and a learner without a GPU live on the machine that started the run,
+whose disk holds the run directory; a learner on another machine needs that directory on a shared file system.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,65 +28,54 @@ from millrace.actors.prompt_source import DatasetOrder
 from millrace.cluster.held_out import HeldOut
 from millrace.cluster.plan import Plan
 from millrace.cluster.spawn import Spawn
-from millrace.core.replay.journal import LineJournal
+from millrace.core.replay.disk import DiskJournal
 from millrace.core.replay.queue import ReplayQueue
 from millrace.core.weight_store import FileWeightStore, NodeStore
 from millrace.learner.learner import Learner
 from millrace.rewards.shaping import Shaping
 from millrace.rewards.worker import DeferredJudge, RewardWorker
 
+Maker = Callable[[], Any]  # of a component: a new incarnation each time
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """The components of a run, as handles."""
+    """The components of a run: two as handles that outlive their processes, the others as ways to make them."""
 
     queue: Any
     store: Any
-    learner: Any
-    workers: Mapping[str, Any]  # generation and reward workers, by name
-    held_out: Any | None
+    makers: Mapping[str, Maker]  # learner, generation and reward workers, held-out; by name
 
     @property
-    def engines(self) -> dict[str, Any]:
+    def engines(self) -> list[str]:
         """Those that hold an engine, and close it when they are told to."""
-        own = {name: worker for name, worker in self.workers.items() if name.startswith("generation-")}
-        return own if self.held_out is None else {**own, "held-out": self.held_out}
+        return [name for name in self.makers if name.startswith("generation-") or name == "held-out"]
+
+    @property
+    def workers(self) -> list[str]:
+        """Generation and reward workers."""
+        return [name for name in self.makers if name not in ("learner", "held-out")]
 
 
 def wire(plan: Plan, spawn: Spawn) -> Line:
-    """Make the components of a run and connect them. Nothing runs yet."""
+    """Make queue and store, and say how the others are made and connected. Nothing runs yet."""
     run, loop = plan.config, plan.config.loop
     directory = run.directory
     words = tuple(sorted(columns(plan.prompts) - {"answer"}))
     hold = {"hold_every": run.evaluation.every, "hold_last": loop.steps} if plan.held_out else {}
-    store = spawn(FileWeightStore, str(directory / "weights"), name="weights", home=True, **hold)
+    store = spawn(FileWeightStore, str(directory / "weights"), name="weights", home=True, lasting=True, **hold)
     source = DatasetOrder(plan.prompts, seed=run.seed, shuffle=run.data.shuffle)
-    journal = LineJournal(directory / "ledger.jsonl")
-    queue = spawn(ReplayQueue, plan.loop, source, seed=run.seed, journal=journal, name="queue", home=True)
-    learner = spawn(
-        Learner,
-        plan.learner,
-        model=run.model,
-        reference=plan.reference,
-        objective=run.recipe.objective,
-        shaping=partial(Shaping.of, run.judging),
-        updates=run.recipe.updates,
-        queue=queue,
-        store=store,
-        directory=str(directory / "checkpoints"),
-        steps=loop.steps,
-        temperature=plan.sampling.temperature,
-        max_tokens=plan.sampling.max_tokens,
-        max_lag=loop.max_lag,
-        name="learner",
-        gpus=run.learner.gpus,
-        home=not run.learner.gpus,
-    )
-    workers = {**_generation(plan, spawn, queue, NodeStore(store)), **_rewards(plan, spawn, queue, words)}
-    held_out = None
+    journal = DiskJournal(directory, run.journal) if run.journal.on_disk else None
+    queue = spawn(ReplayQueue, plan.loop, source, seed=run.seed, journal=journal, name="queue", home=True, lasting=True)
+    makers = {
+        "learner": _learner(plan, spawn, queue, store),
+        **_generation(plan, spawn, queue, NodeStore(store)),
+        **_rewards(plan, spawn, queue, words),
+    }
     if plan.held_out:
         assert plan.verifier is not None
-        held_out = spawn(
+        makers["held-out"] = partial(
+            spawn,
             HeldOut,
             "held-out",
             store=NodeStore(store),
@@ -97,13 +86,38 @@ def wire(plan: Plan, spawn: Spawn) -> Line:
             gpus=run.evaluation.gpus,
             name="held-out",
         )
-    return Line(queue=queue, store=store, learner=learner, workers=workers, held_out=held_out)
+    return Line(queue=queue, store=store, makers=makers)
 
 
-def _generation(plan: Plan, spawn: Spawn, queue: Any, store: Any) -> dict[str, Any]:
+def _learner(plan: Plan, spawn: Spawn, queue: Any, store: Any) -> Maker:
+    run, loop = plan.config, plan.config.loop
+    return partial(
+        spawn,
+        Learner,
+        plan.learner,
+        model=run.model,
+        reference=plan.reference,
+        objective=run.recipe.objective,
+        shaping=partial(Shaping.of, run.judging),
+        updates=run.recipe.updates,
+        queue=queue,
+        store=store,
+        directory=str(run.directory / "checkpoints"),
+        steps=loop.steps,
+        temperature=plan.sampling.temperature,
+        max_tokens=plan.sampling.max_tokens,
+        max_lag=loop.max_lag,
+        name="learner",
+        gpus=run.learner.gpus,
+        home=not run.learner.gpus,
+    )
+
+
+def _generation(plan: Plan, spawn: Spawn, queue: Any, store: Any) -> dict[str, Maker]:
     section = plan.config.generation
     return {
-        name: spawn(
+        name: partial(
+            spawn,
             GenerationWorker,
             name,
             queue=queue,
@@ -118,10 +132,11 @@ def _generation(plan: Plan, spawn: Spawn, queue: Any, store: Any) -> dict[str, A
     }
 
 
-def _rewards(plan: Plan, spawn: Spawn, queue: Any, words: tuple[str, ...]) -> dict[str, Any]:
+def _rewards(plan: Plan, spawn: Spawn, queue: Any, words: tuple[str, ...]) -> dict[str, Maker]:
     run = plan.config
     return {
-        name: spawn(
+        name: partial(
+            spawn,
             RewardWorker,
             name,
             queue=queue,

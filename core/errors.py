@@ -36,6 +36,10 @@ class EngineError(MillraceError, RuntimeError):
     """An inference engine failed."""
 
 
+class EngineDeadError(EngineError):
+    """The engine itself is gone: nothing can be asked of it any more. Fatal for the worker that owns it."""
+
+
 class WeightsError(MillraceError, RuntimeError):
     """Weights that arrived are not the weights that were published. Fatal for the worker."""
 
@@ -48,12 +52,36 @@ class Fenced(LedgerError):
     """The caller's epoch has ended: another incarnation or another worker holds the lease now."""
 
 
+class JournalError(MillraceError, RuntimeError):
+    """The journal on disk cannot be written or read. Names the file; what was accepted before stays."""
+
+
+class PayloadError(JournalError):
+    """The payload of an accepted group is gone or damaged: the group has to be drawn again."""
+
+
+class DataBudgetError(MillraceError, RuntimeError):
+    """Too many draws are dead of what their prompts do: the data, not the machines. Names the last of them."""
+
+
 class DeadlineError(MillraceError, TimeoutError):
     """A wait passed its deadline. Names who waited, for what, and what to do."""
 
 
+class ComponentLost(MillraceError, RuntimeError):
+    """A component of the run died or hung, and its restarts are spent."""
+
+
 class TrainingError(MillraceError, RuntimeError):
     """The optimiser step cannot be taken."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint is damaged, or could not be written. Names the file or the directory."""
+
+
+class DiskFullError(CheckpointError):
+    """There is no room for a checkpoint. Names the directory, the bytes it needs and those that are free."""
 
 
 class UserCodeError(MillraceError):

@@ -39,7 +39,7 @@ class Receipt:
     """The answer to one put group."""
 
     id: GroupId
-    accepted: bool  # False: a repeat, or fenced
+    accepted: bool  # it is stored, by this call or by the one that it repeats; False: fenced, or bad
     reason: str = ""
 
 
@@ -61,6 +61,7 @@ class Resumption:
     version: int  # reserved for the weights the learner starts from; publish and announce it first
     directory: str | None = None  # of the committed checkpoint
     digest: str | None = None
+    earlier: Sequence[int] = ()  # steps of older commits that `revert` can fall back to, newest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,7 @@ class Taken:
     lag: Sequence[Sequence[int]]  # per group, per version run in rollout order: lag of these tokens, in versions
     masked: bool = False  # the stale rule `mask`: tokens with lag > max_lag leave the loss
     uses: Sequence[int] = ()  # in the order of the pack: 0 is a group's first use, more where groups are reused
+    idle_s: Mapping[str, float] = field(default_factory=dict)  # seconds `take` waited for this step, in all, by IDLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +85,23 @@ class Feedback:
     masked_tokens: int = 0
     reused_tokens: int | None = None  # of trained_tokens, those of further uses; None: shared out in proportion
     scores: Mapping[str, float] = field(default_factory=dict)  # prompt id -> mean score
+
+
+# What a wait is for: prompts that are still generated, verdicts, a version of the weights, or the rules' permission.
+IDLE = ("data", "judge", "weights", "scheduler")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """A draw that is dead, and why: its prompt crashed, failed or hung whoever worked on it."""
+
+    draw: int
+    attempt: int  # the last
+    prompt: str  # its id
+    cause: str  # "crashed", "hung", "judge_crashed", "engine", "judge", "invalid", "expired", ...
+    times: int  # it failed so
+    traceback: str  # of the last time; "" where the process left none
+    workers: Sequence[str]  # that failed on it, oldest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +118,10 @@ class QueueStatus:
     lag_histogram: Mapping[int, int]  # trained rollouts by lag of their oldest token
     idle: Mapping[str, str]  # worker -> what it waits for
     calls: Mapping[str, int]  # requests answered, by method
+    idle_causes: Mapping[str, str] = field(default_factory=dict)  # worker -> one of IDLE
+    quarantined: int = 0  # draws
+    commits: Sequence[int] = ()  # steps of the checkpoints that the run can fall back to, newest last
+    checkpoint: str | None = None  # directory of the last commit
 
 
 class PromptSource(Protocol):
@@ -131,6 +154,20 @@ class Queue(Protocol):
 
     async def put_groups(self, worker: WorkerId, *, epoch: int, pack: bytes, request: str) -> Sequence[Receipt]:
         """Accept finished groups; durable when it returns. Never waits for room: the lease reserved it."""
+        ...
+
+    async def fail_groups(self, worker: WorkerId, *, epoch: int, failures: Mapping[GroupId, str], request: str) -> None:
+        """The engine failed on these groups; the values are tracebacks. Each counts towards `attempts`."""
+        ...
+
+    async def fence(self, worker: WorkerId, *, cause: str, traceback: str = "") -> Sequence[GroupId]:
+        """This worker's process is gone: it "crashed", or "hung" and was killed. Its leases end at once.
+
+        Returns what it held.
+
+        What it worked on goes to others, counted towards `crashes` and not towards `attempts`. A repetition, or an
+        unknown worker, does nothing; a later `join` begins anew.
+        """
         ...
 
     async def lease_groups(self, worker: WorkerId, *, epoch: int, want: int, request: str, wait_s: float) -> bytes:
@@ -169,7 +206,19 @@ class Queue(Protocol):
         """Move the checkpoint pointer and all trained groups of steps < `step` in one compare-and-set."""
         ...
 
+    async def revert(self, *, step: int) -> None:
+        """Fall back to an older commit, when the last one cannot be read. A learner joins afterwards."""
+        ...
+
     async def status(self) -> QueueStatus: ...
+
+    async def quarantined(self, *, after: int) -> Sequence[Quarantined]:
+        """All draws that died, oldest first, without the first `after`."""
+        ...
+
+    async def stalled(self) -> str:
+        """What everything waits for, in a few lines: draw, prompt, worker, since when, and what to do."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +325,10 @@ class Engine(Protocol):
 
     def progress(self) -> Mapping[str, int]:
         """Tokens sampled so far, by key of the running calls."""
+        ...
+
+    async def watch(self) -> None:
+        """Wait until the engine is gone, also while nobody calls it, and raise EngineDeadError; never returns."""
         ...
 
     async def close(self) -> None: ...

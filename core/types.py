@@ -138,13 +138,16 @@ class GroupVerdict:
     verdicts: tuple[Verdict, ...]
 
 
-def seed_of(run_seed: int, draw: int, attempt: int, member: int) -> int:
+def seed_of(run_seed: int, draw: int, variation: int, member: int) -> int:
     """The sampling seed of one rollout, 31 bits, independent of worker and time.
+
+    The variation grows when an attempt ends for what was sampled, and stays when a machine failed: the same draw is
+    then sampled again with the same seeds.
 
     >>> seed_of(0, 1, 0, 0) == seed_of(0, 1, 0, 0) != seed_of(0, 1, 1, 0)
     True
     """
-    digest = blake2b(f"{run_seed}/{draw}/{attempt}/{member}".encode(), digest_size=4).digest()
+    digest = blake2b(f"{run_seed}/{draw}/{variation}/{member}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -1,6 +1,7 @@
 """The store of published weights: the last versions on disk, and those that an evaluation waits for.
 
-It outlives the learner: whoever restarts finds the versions where they were.
+It outlives the learner: whoever restarts finds the versions where they were. What it must know after a restart of its
+own lies on the disk, too: a version is held until the mark of its release is there.
 """
 
 import asyncio
@@ -14,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
+from millrace.core.failpoint import reach
 from millrace.core.protocols import Manifest, WeightHandle
 from millrace.core.weights import buffer_bytes, digest_of, from_json, mapped, to_json, write
 
 MARK = "store-"
+RELEASED = ".released"
 
 
 class Upstream(Protocol):
@@ -35,7 +38,8 @@ class FileWeightStore:
         directory: where the versions lie; created when missing.
         keep: versions held, at least 1.
         upstream: the store to pull versions from that are not here, for machines other than the learner's.
-        hold_every: versions of every so-many-th step stay until `release`d, for evaluation; 0 for none.
+        hold_every: versions of every so-many-th step stay until `release`d, for evaluation; 0 for none. Those that an
+            earlier store of this directory held are held again.
         hold_last: the version of this step stays too.
     """
 
@@ -161,16 +165,22 @@ class FileWeightStore:
                 f"version {manifest.version}: the bytes have digest {digest[:12]}, the manifest says "
                 f"{manifest.digest[:12]}: they changed on the way; publish again"
             )
-        handle = write(self._directory, manifest, buffer)
+        handle = write(self._directory, manifest, buffer, half=lambda: reach("weights.publish.half"))
         self._handles[manifest.version] = handle
         self._highest = manifest.version
+        self._hold(manifest)
+        self._trim()
+
+    def _hold(self, manifest: Manifest) -> None:
         if (self._hold_every and manifest.step % self._hold_every == 0) or manifest.step == self._hold_last:
             self._held.add(manifest.version)
-        self._trim()
 
     def _release(self, version: int) -> None:
         with self._writing:
-            self._held.discard(version)
+            if version in self._held:
+                # First the mark, then the files: whoever restarts in between does not hold it again.
+                Path(self._handles[version].path).with_suffix(RELEASED).touch()
+                self._held.discard(version)
             self._trim()
 
     def _trim(self) -> None:
@@ -191,20 +201,24 @@ class FileWeightStore:
                 self._highest = max(self._highest or 0, int(json_path.stem.removeprefix("version_")))
                 continue
             self._handles[manifest.version] = handle
+            if not json_path.with_suffix(RELEASED).exists():
+                self._hold(manifest)
         if self._handles:
             self._highest = max(max(self._handles), -1 if self._highest is None else self._highest)
         for stray in (*self._directory.glob("version_*.tmp"), *self._directory.glob("version_*.bin")):
             if stray.suffix == ".tmp" or not stray.with_suffix(".json").exists():
                 self.ignored[stray.name] = "it was being written when its writer ended"
                 stray.unlink(missing_ok=True)
-        for version in self.versions[: -self._keep]:
-            self._delete(self._handles.pop(version).path)
+        for mark in self._directory.glob(f"version_*{RELEASED}"):
+            if not mark.with_suffix(".json").exists():
+                mark.unlink(missing_ok=True)
+        self._trim()
 
     @staticmethod
     def _delete(path: str) -> None:
         # The manifest first: without it the bytes count as unfinished.
-        Path(path).with_suffix(".json").unlink(missing_ok=True)
-        Path(path).unlink(missing_ok=True)
+        for suffix in (".json", ".bin", RELEASED):
+            Path(path).with_suffix(suffix).unlink(missing_ok=True)
 
 
 class NodeStore:

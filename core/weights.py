@@ -9,7 +9,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -207,8 +207,18 @@ def from_json(text: str, *, source: str) -> Manifest:
         ) from None
 
 
-def write(directory: str | os.PathLike[str], manifest: Manifest, buffer: NDArray[np.uint8]) -> WeightHandle:
-    """Write one version: the buffer under a temporary name, renamed, then the manifest likewise."""
+def write(
+    directory: str | os.PathLike[str],
+    manifest: Manifest,
+    buffer: NDArray[np.uint8],
+    *,
+    half: Callable[[], None] | None = None,
+) -> WeightHandle:
+    """Write one version: the buffer under a temporary name, renamed, then the manifest likewise.
+
+    Args:
+        half: called when the buffer is there and the manifest is not yet.
+    """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"version_{manifest.version:08d}"
@@ -217,6 +227,8 @@ def write(directory: str | os.PathLike[str], manifest: Manifest, buffer: NDArray
     with temporary.open("wb") as file:
         file.write(np.ascontiguousarray(buffer).data)
     temporary.rename(bytes_path)
+    if half is not None:
+        half()
     temporary.write_text(to_json(manifest))
     temporary.rename(json_path)
     return WeightHandle(manifest=manifest, path=str(bytes_path))

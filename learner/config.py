@@ -84,6 +84,8 @@ class LearnerConfig(OptimiserConfig):
     """Of torch on the CPU; None: torch's own choice."""
     device: str | None = None
     """As torch names it; None: the GPU if there is one."""
+    skip_gradient_above: PositiveFloat | None = None
+    """A gradient of a larger norm makes no optimiser step, its groups leave the batch; None: every finite one does."""
     max_filtered: PositiveInt = 100
     """So many batches' worth of groups filtered for one step end the run: its filters leave nothing to learn from."""
     samples_per_step: NonNegativeInt = 4

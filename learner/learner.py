@@ -4,54 +4,48 @@
     waits for     a full batch, and nothing else
     unblocked by  reward workers that put verdicts
 
-It begins with the last commit, whose version it publishes and announces before the first batch. Everything that
-computes runs on one thread of its own, so that the event loop answers `status` while a step is under way.
+It begins with the last commit whose checkpoint is whole, whose version it publishes and announces before the first
+batch. Steps after it are made again, to the bit: batches come in the same rounds, random numbers depend on the step
+alone, and memories go on as a checkpoint gives them back. Everything that computes runs on one thread of its own, so
+that the event loop answers `status` while a step is under way.
 """
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from millrace.core import schema
 from millrace.core.calls import persist
-from millrace.core.errors import LedgerError, TrainingError
-from millrace.core.protocols import Clock, Feedback, Queue, Resumption, Taken, WeightStore
+from millrace.core.errors import DiskFullError, LedgerError
+from millrace.core.failpoint import reach
+from millrace.core.protocols import Clock, Feedback, Queue, Resumption, WeightStore
 from millrace.core.recipe import ObjectiveConfig, Updates
-from millrace.core.types import Group, GroupId
-from millrace.core.words import SCORED
-from millrace.learner import checkpoint, prepass
-from millrace.learner.assemble import Assembled, assemble
+from millrace.learner import checkpoint, retention
+from millrace.learner.assemble import Assembled
+from millrace.learner.batches import Batch, Batches, at_step
 from millrace.learner.checkpoint import LearnerState, Saved
 from millrace.learner.config import LearnerConfig
-from millrace.learner.judged import Judged, Shaping, Unshaped, shape_all, texts_of
+from millrace.learner.joining import join
+from millrace.learner.judged import Shaping, Unshaped
 from millrace.learner.loading import load_policy
 from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
+from millrace.learner.phases import Phases
 from millrace.learner.publish import Publisher
 from millrace.learner.reference import move
-from millrace.learner.report import LearnerStatus, StepReport
-from millrace.learner.samples import pick
-from millrace.learner.step import StepNumbers, make_steps
+from millrace.learner.report import LearnerStatus, StepReport, report_of
+from millrace.learner.step import Interrupted, StepNumbers, Steps, make_steps
 
 T = TypeVar("T")
 
-TAKE_WAIT_S = 2.0  # how long one `take` waits; `stop` is noticed within it
-
-
-class Batch(NamedTuple):
-    """The groups of a step as they are now, and what was filtered for it so far, by rule."""
-
-    taken: Taken
-    groups: tuple[Judged, ...]
-    filtered: Mapping[str, int]
+TAKE_WAIT_S = 2.0  # how long one `take` waits
+GRACE_S = 2.0  # a step under way that is not made so long after `stop` is given up, where none of it shows yet
 
 
 class Learner:
@@ -101,55 +95,57 @@ class Learner:
         self._directory = directory
         self._steps = steps
         self._temperature = temperature
-        self._max_lag = max_lag
-        self._shaping = shaping()
         self._updates = updates or Updates()
-        self._max_tokens = max_tokens
-        self._memories: dict[str, Objective | Shaping] = {"objective": self.objective, "shaping": self._shaping}
+        self._batches = Batches(
+            config, self.objective, shaping(), self._updates, max_tokens=max_tokens, max_lag=max_lag
+        )
         self._on_step = on_step
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
-        self._stopping = False
-        self._phase, self._phase_began = "loading", clock()
+        self._stopped = asyncio.Event()
+        self._stopped_at_s = 0.0
+        self._phases = Phases(clock)
         self._step = 0
         self._version = -1
         self._epoch = 0
         self._committed: list[tuple[str, float]] = []  # directory, mean reward
         self._since_commit: list[float] = []  # mean reward of each step
         self._reports: list[StepReport] = []
-        self._judged: dict[GroupId, Judged] = {}  # of this step
-        self._spent: dict[str, float] = {}
+        self._events: list[Mapping[str, Any]] = []
+        self._weights = ""  # sha256 of the last published
 
     async def run(self) -> None:
         """Join, resume, publish; then take, learn, publish, commit, until the end.
 
         Raises:
             ModelError: the model or its tokenizer will not do.
-            TrainingError: a step cannot be made; what was committed stays.
+            TrainingError: a step cannot be made, or no checkpoint can be read; what was committed stays.
+            CheckpointError: the last checkpoint cannot be written.
             Fenced: another learner has joined.
         """
-        resumption = await self._ask("join_learner", self._queue.join_learner)
         try:
-            await self._in_thread(lambda: self._open(resumption))
-            self._step, self._version, self._epoch = resumption.step, resumption.version, resumption.epoch
+            if await self._unless_stopped(self._begin()) is None:
+                return
             await self._publish()
             while not self._stopping and (self._steps is None or self._step < self._steps):
                 await self._one_step()
             if self._since_commit:
-                await self._commit()
+                await self._commit(last=True)
         finally:
-            self._enter("stopped")
-            self._thread.shutdown(wait=False)
+            self._phases.enter("stopped")
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def stop(self) -> None:
-        """Finish the step under way, commit, and return from `run`."""
-        self._stopping = True
+        """Commit, and return from `run`. Loading and waiting end at once; a step under way is made if it is short."""
+        if not self._stopping:
+            self._stopped_at_s = self._clock()
+        self._stopped.set()
 
     async def status(self) -> LearnerStatus:
         """What it does, and since when. Answered while a step is computed."""
         return LearnerStatus(
-            phase=self._phase,
-            phase_s=self._clock() - self._phase_began,
+            phase=self._phases.now,
+            phase_s=self._phases.lasts_s,
             step=self._step,
             version=self._version,
         )
@@ -162,11 +158,36 @@ class Learner:
             self._reports[at] = replace(self._reports[at], samples=())
         return self._reports[after:]
 
+    async def events(self, *, after: int) -> Sequence[Mapping[str, Any]]:
+        """What this incarnation skipped or refused, without the first `after`.
+
+        A step or an update that was not made, a checkpoint that could not be read or written: each with its `kind`,
+        its `step` and `why`.
+        """
+        return self._events[after:]
+
     async def checkpoint(self) -> str | None:
         """The directory of the last commit; None before the first."""
         return self._committed[-1][0] if self._committed else None
 
-    def _open(self, resumption: Resumption) -> None:
+    async def _begin(self) -> Resumption:
+        """Join, and load what the ledger resumes with."""
+        resumption, refused = await join(
+            partial(self._ask, "join_learner", self._queue.join_learner), verify=self._verify, revert=self._revert
+        )
+        await self._in_thread(partial(self._open, resumption, refused))
+        self._step, self._version, self._epoch = resumption.step, resumption.version, resumption.epoch
+        return resumption
+
+    async def _verify(self, resumption: Resumption) -> None:
+        assert resumption.directory is not None
+        await self._in_thread(partial(checkpoint.verify, resumption.directory, resumption.digest))
+
+    async def _revert(self, resumption: Resumption, step: int, why: str) -> None:
+        self._tell("checkpoint refused", resumption.step, why, directory=resumption.directory, reverts_to=step)
+        await self._ask("revert", partial(self._queue.revert, step=step))
+
+    def _open(self, resumption: Resumption, refused: Sequence[str]) -> None:
         if self._config.threads is not None:
             torch.set_num_threads(self._config.threads)
         torch.manual_seed(self._config.seed)
@@ -181,41 +202,39 @@ class Learner:
         self._optimiser = Optimiser(self.policy.model.named_parameters(), self._config)
         if resumption.directory is not None:
             self._restore(resumption)
+        stay = [*refused, *(directory for directory, _ in self._committed)]  # refused ones until the next commit
+        retention.collect(self._directory, stay, epoch=resumption.epoch)
         self._publisher = Publisher(self.policy, dtype=self._config.publish_dtype, probe_every=self._config.probe_every)
 
     def _restore(self, resumption: Resumption) -> None:
         assert resumption.directory is not None
-        state = checkpoint.load(resumption.directory, resumption.digest, policy=self.policy, optimiser=self._optimiser)
+        state = checkpoint.restore(resumption.directory, policy=self.policy, optimiser=self._optimiser)
         if state.step != resumption.step:
             raise LedgerError(
                 f"checkpoint {resumption.directory} was written after step {state.step}, the ledger resumes at step"
                 f" {resumption.step}: they are of different runs; give the run its own checkpoint directory"
             )
-        for name, memory in self._memories.items():
-            memory.restore(state.memory.get(name, {}))
-        self._committed = checkpoint.surviving(self._directory, resumption.directory)
+        self._batches.restore(state.memory)
+        self._committed = retention.surviving(self._directory, resumption.directory)
 
     async def _one_step(self) -> None:
-        began = self._phase_began = self._clock()
-        self._spent = {"waiting": 0.0, "computing": 0.0, "publishing": 0.0, "committing": 0.0}
-        found = await self._take()
+        """Take, learn, publish, and commit when it is due; or nothing of that, when `stop` comes first."""
+        self._phases.begin()
+        step = self._step
+        await self._in_thread(partial(self._batches.begin, step))
+        found = await self._learn_from_a_batch()
         if found is None:
+            await self._in_thread(self._batches.undo)
             return
-        batch, assembled = found
-        self._enter("computing")
-        numbers = await self._in_thread(
-            lambda: self._learn(
-                assembled, name=lambda places: _named(self._step, [batch.groups[place].group for place in places])
-            )
-        )
+        batch, assembled, numbers = found
+        reach("learner.step.after")
         feedback = Feedback(
             trained_tokens=assembled.tokens,
             masked_tokens=assembled.masked_tokens,
             reused_tokens=assembled.reused_tokens(batch.taken.uses),
             scores=assembled.scores,
         )
-        self._enter("publishing")
-        step = self._step
+        self._phases.enter("publishing")
         self._version = await self._ask(
             "trained", lambda: self._queue.trained(step=step, epoch=self._epoch, feedback=feedback)
         )
@@ -224,97 +243,111 @@ class Learner:
         self._since_commit.append(assembled.reward)
         if self._step % self._config.checkpoint_every == 0:
             await self._commit()
-        self._enter("waiting")
-        self._reports.append(self._report(batch, assembled, numbers, self._clock() - began))
+        self._phases.enter("waiting")
+        report = report_of(
+            batch,
+            assembled,
+            numbers,
+            self._phases,
+            step=self._step,
+            version=self._version,
+            weights=self._weights,
+            samples=self._config.samples_per_step,
+        )
+        self._reports.append(report)
         if self._on_step is not None:
-            await self._on_step(self._reports[-1])
+            await self._on_step(report)
 
-    async def _take(self) -> tuple[Batch, Assembled] | None:
-        """The batch of this step, shaped and filtered; None when `stop` was called first."""
-        self._enter("waiting")
-        self._judged.clear()
-        remembered = self._shaping.memory()
-        step = self._step
-        while not self._stopping:
-            taken = await self._ask("take", partial(self._queue.take, step=step, epoch=self._epoch, wait_s=TAKE_WAIT_S))
-            if taken is None:
-                continue
-            self._enter("computing")
-            batch = await self._in_thread(partial(self._judge, taken))
-            out = {each.group.id: each.rule for each in batch.groups if each.rule}
-            if not out:
-                return batch, await self._in_thread(partial(self._assemble, batch))
-            self._refuse_to_filter_all(len(batch.groups), batch.filtered)
-            await self._ask("filtered", partial(self._queue.filtered, step=step, epoch=self._epoch, groups=out))
-            self._enter("waiting")
-        self._shaping.restore(remembered)  # what was judged so far is judged again, by whoever resumes
+    async def _learn_from_a_batch(self) -> tuple[Batch, Assembled, StepNumbers] | None:
+        """The step's batch, learnt from. Groups that cannot be leave it, and others take their places."""
+        while (batch := await self._take()) is not None:
+            assembled = await self._in_thread(partial(self._batches.assemble, batch))
+            reach("learner.step.before")
+            try:
+                steps = await self._in_thread(partial(self._learn, batch, assembled))
+            except Interrupted:
+                return None
+            for each in steps.refused:
+                kind = "step skipped" if steps.numbers is None else "update skipped"
+                self._tell(kind, self._step, str(each), groups=batch.named(each.places))
+            if steps.numbers is not None:
+                return batch, assembled, steps.numbers
+            await self._give_back(self._batches.leave_out(batch, steps.refused))
         return None
 
-    def _judge(self, taken: Taken) -> Batch:
-        """The groups, shaped. Each is shaped once, in this order, so that methods with memory see it once."""
-        groups = schema.decode(taken.pack)
-        found = zip(groups, taken.verdicts, taken.lag, taken.uses or (0,) * len(groups), strict=True)
-        fresh = [Judged.of(*each) for each in found if each[0].id not in self._judged]
-        asked = self._shaping.words | self.objective.asks_of_groups
-        words = (asked | (self.objective.scores_before if self._updates.per_batch > 1 else frozenset())) & SCORED
-        scored = prepass.score(self.policy, fresh, words, token_budget=self._config.token_budget)
-        decode = partial(texts_of, self._tokenizer)
-        for each in shape_all(scored, self._shaping, step=self._step, max_tokens=self._max_tokens, decode=decode):
-            self._judged[each.group.id] = each
-        filtered = Counter(each.rule for each in self._judged.values() if each.rule)
-        return Batch(taken, tuple(self._judged[group.id] for group in groups), dict(filtered))
+    async def _take(self) -> Batch | None:
+        """The batch of this step, shaped, without those that a rule filters; None when `stop` was called first."""
+        step = self._step
+        while not self._stopping:
+            self._phases.enter("waiting")
+            call = partial(self._queue.take, step=step, epoch=self._epoch, wait_s=TAKE_WAIT_S)
+            taken = await self._unless_stopped(self._ask("take", call))
+            if taken is None:
+                continue
+            self._phases.enter("computing")
+            batch = await self._in_thread(partial(self._batches.judge, taken, self.policy, self._tokenizer))
+            if not batch.leaving:
+                return batch
+            await self._give_back(batch)
+        return None
 
-    def _refuse_to_filter_all(self, size: int, filtered: Mapping[str, int]) -> None:
-        if sum(filtered.values()) <= self._config.max_filtered * size:
-            return
-        raise TrainingError(
-            f"step {self._step}: {sum(filtered.values())} groups were filtered and its batch of {size} is not full"
-            f" (max_filtered = {self._config.max_filtered} batches): {dict(filtered)}. Loosen these filters, give"
-            " prompts that the model answers rightly now and then, or raise learner.max_filtered"
-        )
+    async def _give_back(self, batch: Batch) -> None:
+        """The groups that a rule filters leave the step."""
+        self._batches.refuse_to_filter_all(batch)
+        out, step = batch.leaving, self._step
+        await self._ask("filtered", lambda: self._queue.filtered(step=step, epoch=self._epoch, groups=out))
 
-    def _assemble(self, batch: Batch) -> Assembled:
-        return assemble(
-            batch.groups,
-            self.objective,
-            token_budget=self._config.token_budget,
-            mask_above=self._max_lag if batch.taken.masked else None,
-            updates=self._updates,
-            step=self._step,
-            seed=self._config.seed,
-        )
-
-    def _learn(self, assembled: Assembled, *, name: Callable[[Sequence[int]], str]) -> StepNumbers:
+    def _learn(self, batch: Batch, assembled: Assembled) -> Steps:
         """All optimiser steps of the batch; then the reference follows."""
-        numbers = make_steps(
-            self.policy, self.objective, self._optimiser, assembled.updates, passes=self._updates.epochs, name=name
+        steps = make_steps(
+            self.policy,
+            self.objective,
+            self._optimiser,
+            assembled.updates,
+            passes=self._updates.epochs,
+            name=lambda places: at_step(self._step, batch.named(places)),
+            refuse_above=self._config.skip_gradient_above,
+            interrupted=lambda: self._stopping and self._clock() - self._stopped_at_s > GRACE_S,
         )
-        if self.policy.reference is not None and (share := self.objective.reference_share(self._step + 1)):
+        moves = steps.numbers is not None and self.policy.reference is not None
+        if moves and (share := self.objective.reference_share(self._step + 1)):
             move(self.policy.reference, self.policy, share)
-        return numbers
+        return steps
 
     async def _publish(self) -> None:
-        self._enter("publishing")
+        self._phases.enter("publishing")
         manifest, buffer = await self._in_thread(
             lambda: self._publisher.pack(version=self._version, step=self._step, epoch=self._epoch)
         )
+        self._weights = manifest.digest
         await self._ask("publish", lambda: self._store.publish(manifest, buffer))
         await self._ask("announce", lambda: self._queue.announce(version=self._version, epoch=self._epoch))
 
-    async def _commit(self) -> None:
-        self._enter("committing")
+    async def _commit(self, *, last: bool = False) -> None:
+        """Write a checkpoint and have the ledger point to it. Without room for it the run goes on to the next one."""
+        self._phases.enter("committing")
         reward = sum(self._since_commit) / len(self._since_commit)
-        saved = await self._in_thread(lambda: self._save(reward))
+        try:
+            saved = await self._in_thread(partial(self._save, reward))
+        except DiskFullError as caught:
+            if last:
+                raise
+            self._tell("checkpoint skipped", self._step, str(caught))
+            return
+        reach("learner.commit.before")
         await self._ask(
             "commit",
             lambda: self._queue.commit(
                 step=self._step, directory=saved.directory, digest=saved.digest, epoch=self._epoch
             ),
         )
+        reach("learner.commit.after")
         self._since_commit.clear()
         self._committed.append((saved.directory, reward))
+        needed = (await self._ask("status", self._queue.status)).commits
+        keep, epoch = self._config.checkpoint_keep, self._epoch
         self._committed = await self._in_thread(
-            lambda: checkpoint.retain(self._directory, self._committed, keep=self._config.checkpoint_keep)
+            partial(retention.retain, self._directory, self._committed, keep=keep, needed=needed, epoch=epoch)
         )
 
     def _save(self, reward: float) -> Saved:
@@ -324,7 +357,7 @@ class Learner:
             epoch=self._epoch,
             seed=self._config.seed,
             reward=reward,
-            memory={name: memory.memory() for name, memory in self._memories.items()},
+            memory=self._batches.saved(),
         )
         return checkpoint.save(
             self._directory,
@@ -334,49 +367,23 @@ class Learner:
             optimiser=self._optimiser,
         )
 
-    def _report(self, batch: Batch, assembled: Assembled, numbers: StepNumbers, step_s: float) -> StepReport:
-        spent = self._spent
-        groups = [each.group for each in batch.groups]
-        return StepReport(
-            step=self._step,
-            version=self._version,
-            numbers=numbers,
-            groups=len(groups),
-            rollouts=sum(len(group.rollouts) for group in groups),
-            reward=assembled.reward,
-            reward_std=assembled.reward_std,
-            length=assembled.length,
-            tokens=assembled.tokens,
-            masked_tokens=assembled.masked_tokens,
-            invalid_rollouts=assembled.invalid,
-            skipped_groups=assembled.skipped_groups,
-            filtered=batch.filtered,
-            rows=assembled.rows,
-            unpacked_rows=assembled.unpacked_rows,
-            padding_share=assembled.padding_share,
-            wait_s=spent["waiting"],
-            compute_s=spent["computing"],
-            publish_s=spent["publishing"],
-            checkpoint_s=spent["committing"],
-            other_s=step_s - sum(spent.values()),
-            step_s=step_s,
-            samples=pick(
-                groups,
-                batch.taken.verdicts,
-                [each.reward_G for each in batch.groups],
-                batch.taken.lag,
-                step=self._step,
-                limit=self._config.samples_per_step,
-                advantages=assembled.advantages,
-            ),
-        )
+    @property
+    def _stopping(self) -> bool:
+        return self._stopped.is_set()
 
-    def _enter(self, phase: str) -> None:
-        """The time since the last change was spent on the phase that ends now."""
-        now = self._clock()
-        if self._phase in self._spent:
-            self._spent[self._phase] += now - self._phase_began
-        self._phase, self._phase_began = phase, now
+    def _tell(self, kind: str, step: int, why: str, **more: Any) -> None:
+        self._events.append({"kind": kind, "step": step, **more, "why": why})
+
+    async def _unless_stopped(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What it comes to; None when `stop` comes first: then it is given up, a thread under way left to itself."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else None
+        finally:
+            for each in (task, stopped):
+                each.cancel()
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -389,9 +396,3 @@ class Learner:
             deadline_s=self._config.queue_deadline_s,
             clock=self._clock,
         )
-
-
-def _named(step: int, groups: Sequence[Group]) -> str:
-    """For messages: the step, and the groups by id and prompt."""
-    shown = ", ".join(f"{group.id} (prompt {group.prompt.id})" for group in groups[:4])
-    return f"step {step}: {shown}{f' and {len(groups) - 4} more' if len(groups) > 4 else ''}"

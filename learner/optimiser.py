@@ -29,6 +29,10 @@ def rate_factor(step: int, config: OptimiserConfig) -> float:
     return config.final_ratio + (1 - config.final_ratio) * left
 
 
+class GradientRefused(TrainingError):
+    """The gradient is not finite, or larger than the run allows. The weights stay as they were."""
+
+
 class Optimiser:
     """AdamW over named parameters.
 
@@ -59,13 +63,14 @@ class Optimiser:
             fused=True,
         )
 
-    def step(self, *, where: Callable[[], str]) -> float:
+    def step(self, *, where: Callable[[], str], refuse_above: float | None = None) -> float:
         """Clip, update, clear the gradients. Returns the gradient's norm before clipping.
 
         Args:
             where: names the batch, for the message.
+            refuse_above: a gradient of a larger norm makes no step; None: every finite one does.
         Raises:
-            TrainingError: the gradient is not finite; the weights stay as they were.
+            GradientRefused: it is not finite or too large; weights, moments and their count stay as they were.
         """
         # What no loss reached has the gradient zero: moments and decay go on as for everything else.
         for parameter in self.parameters:
@@ -77,9 +82,15 @@ class Optimiser:
         if not math.isfinite(value):
             bad = [n for n, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.grad).all()]  # type: ignore[arg-type]  # set above
             self.clear()
-            raise TrainingError(
+            raise GradientRefused(
                 f"the gradient's norm is {value} at {where()}: not finite in {', '.join(bad[:3]) or 'their sum'};"
                 " the step was not made. Lower the learning rate, or look at these groups' rewards"
+            )
+        if refuse_above is not None and value > refuse_above:
+            self.clear()
+            raise GradientRefused(
+                f"the gradient's norm is {value:g} at {where()}: above skip_gradient_above = {refuse_above:g};"
+                " the step was not made. Raise it, lower the learning rate, or look at these groups' rewards"
             )
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         for group in self._adamw.param_groups:

@@ -1,4 +1,4 @@
-"""One optimiser step on an assembled batch, and its numbers."""
+"""The optimiser steps on an assembled batch, and their numbers. What is not finite makes none."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from millrace.learner.assemble import Microbatch
 from millrace.learner.metrics import OFF_POLICY, Mean
 from millrace.learner.model import Policy
 from millrace.learner.objective import Objective
-from millrace.learner.optimiser import Optimiser
+from millrace.learner.optimiser import GradientRefused, Optimiser
 
 # Importance weights outside this range count as clipped: the range of PPO and GRPO.
 CLIP_LOW, CLIP_HIGH = 0.8, 1.2
@@ -41,6 +41,31 @@ class StepNumbers:
     by_lag: Mapping[int, LagNumbers]
 
 
+class Refused(TrainingError):
+    """An optimiser step that is not made; the weights stay as they were."""
+
+    def __init__(self, message: str, rule: str = "", places: Sequence[int] = ()) -> None:
+        """
+        Args:
+            rule: "non_finite" for a loss, "gradient" for the gradient of all of them.
+            places: in the batch, of the groups that brought it about.
+        """
+        super().__init__(message)
+        self.rule, self.places = rule, tuple(places)
+
+
+class Interrupted(Exception):
+    """The run is to end, and no optimiser step of the batch was made yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What came of the optimiser steps on one batch."""
+
+    numbers: StepNumbers | None  # None: none was made
+    refused: tuple[Refused, ...] = ()  # those that were left out
+
+
 def make_step(
     policy: Policy,
     objective: Objective,
@@ -57,7 +82,7 @@ def make_step(
     Raises:
         TrainingError: a loss or the gradient is not finite; the weights stay as they were.
     """
-    return make_steps(policy, objective, optimiser, [microbatches], passes=1, name=name)
+    return _numbers([_update(policy, objective, optimiser, microbatches, name)], first=1)
 
 
 def make_steps(
@@ -68,8 +93,10 @@ def make_steps(
     *,
     passes: int,
     name: Callable[[Sequence[int]], str],
-) -> StepNumbers:
-    """Several optimiser steps on one batch; their numbers are means.
+    refuse_above: float | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Steps:
+    """Several optimiser steps on one batch; their numbers are means. Those whose loss is not finite are left out.
 
     How far the sampler is, by lag and over all, is said of the policy before all of them: over the first pass where its
     log-probabilities came with the batch, else over the first step.
@@ -78,20 +105,40 @@ def make_steps(
         updates: the micro-batches of each step, pass after pass.
         passes: how many; each sees the whole batch once.
         name: as in `make_step`.
+        refuse_above: a gradient of a larger norm makes no step.
+        interrupted: asked between micro-batches until the first step is made.
     Raises:
-        TrainingError: a loss or a gradient is not finite; the step it belongs to is not made.
+        Interrupted: it said so.
     """
-    made = [_update(policy, objective, optimiser, microbatches, name) for microbatches in updates]
     known = all("proximal_logprob_N" in micro.scored for microbatches in updates for micro in microbatches)
-    first = made[: len(updates) // passes if known else 1]
+    measured = len(updates) // passes if known else 1
+    made: list[_Update] = []
+    refused: list[Refused] = []
+    first = 0  # of those made, how many say how far the sampler is
+    for at, microbatches in enumerate(updates):
+        remembered = objective.memory()
+        try:
+            ends = interrupted if not made else None
+            made.append(_update(policy, objective, optimiser, microbatches, name, refuse_above, ends))
+        except Refused as caught:
+            objective.restore(remembered)
+            refused.append(caught)
+            continue
+        if at < measured or not first:
+            first += 1
+    return Steps(numbers=_numbers(made, first=first) if made else None, refused=tuple(refused))
+
+
+def _numbers(made: Sequence["_Update"], *, first: int) -> StepNumbers:
+    """Of all that were made; how far the sampler is, of the first so many."""
     metrics: dict[str, Mean] = {}
     for at, one in enumerate(made):
         for key, mean in one.metrics.items():
-            if key in OFF_POLICY and at >= len(first):
+            if key in OFF_POLICY and at >= first:
                 continue
             metrics[key] = metrics[key] + mean if key in metrics else mean
-    gap_N = np.concatenate([np.empty(0, np.float32), *(one.gap_N for one in first)])
-    staleness_N = np.concatenate([np.empty(0, np.int32), *(one.staleness_N for one in first)])
+    gap_N = np.concatenate([np.empty(0, np.float32), *(one.gap_N for one in made[:first])])
+    staleness_N = np.concatenate([np.empty(0, np.int32), *(one.staleness_N for one in made[:first])])
     tokens = sum(one.tokens for one in made)
     return StepNumbers(
         loss=float(np.mean([one.loss for one in made])),
@@ -123,12 +170,17 @@ def _update(
     optimiser: Optimiser,
     microbatches: Sequence[Microbatch],
     name: Callable[[Sequence[int]], str],
+    refuse_above: float | None = None,
+    interrupted: Callable[[], bool] | None = None,
 ) -> _Update:
     losses: list[torch.Tensor] = []
     gaps: list[torch.Tensor] = []
     entropies: list[torch.Tensor] = []
     metrics: dict[str, Mean] = {}
     for micro in microbatches:
+        if interrupted is not None and interrupted():
+            optimiser.clear()
+            raise Interrupted
         have = policy.words(micro, objective.needs)
         loss = objective(have)
         loss.value.backward()
@@ -141,14 +193,20 @@ def _update(
     values = torch.stack(losses).double().cpu().numpy() if losses else np.zeros(0)
     if not np.isfinite(values).all():
         optimiser.clear()
-        at = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise TrainingError(
-            f"the loss is {values[at]} at {name(microbatches[at].groups)}; the step was not made."
-            " Look at these groups' rewards and log-probabilities, or lower the learning rate"
+        bad = np.flatnonzero(~np.isfinite(values)).tolist()
+        places = tuple(dict.fromkeys(group for at in bad for group in microbatches[at].groups))
+        raise Refused(
+            f"the loss is {values[bad[0]]} at {name(places)}; the step was not made."
+            " Look at these groups' rewards and log-probabilities, or lower the learning rate",
+            "non_finite",
+            places,
         )
     learning_rate = optimiser.learning_rate
-    every = [group for micro in microbatches for group in micro.groups]
-    norm = optimiser.step(where=lambda: name(every))
+    every = tuple(dict.fromkeys(group for micro in microbatches for group in micro.groups))
+    try:
+        norm = optimiser.step(where=lambda: name(every), refuse_above=refuse_above)
+    except GradientRefused as caught:
+        raise Refused(str(caught), "gradient", every) from None
     behaved = [micro.staleness_N for micro in microbatches if micro.behaviour_logprob_N is not None]
     return _Update(
         loss=float(values.sum()),

@@ -11,6 +11,8 @@ import json
 import os
 import pickle
 import resource
+import select
+import signal
 import struct
 import sys
 import time
@@ -33,11 +35,13 @@ def main() -> int:
         return 0
     target, setup, memory_bytes = first
     try:
+        _tie(requests, True)
         with boundary(f"{target} in a process of its own", RewardError):
             function = _loaded(target)(**setup)
     except MillraceError as caught:
         _send(answers, {"error": str(caught), "cpu_s": time.process_time()})
         return 1
+    _tie(requests, False)
     _limit(memory_bytes)
     _send(answers, {"ready": True, "cpu_s": time.process_time()})
     while (request := _received(requests)) is not None:
@@ -47,6 +51,7 @@ def main() -> int:
         _send(answers, {**answer, "cpu_s": time.process_time()})
         if "fault" in answer:
             return 1
+    _end_group()
     return 0
 
 
@@ -80,7 +85,7 @@ def _own_pipes() -> tuple[int, int]:
 
 
 def _tie(requests: int, tied: bool) -> None:
-    """While a check runs, the kernel itself ends this process group when the parent's end of the pipe closes.
+    """While user code runs, the kernel itself ends this process group when the parent's end of the pipe closes.
 
     A thread that waits for the end of the file would not do: one big integer operation holds the interpreter's
     lock for minutes. O_ASYNC sends SIGIO, whose default action ends the process; between checks, when requests
@@ -88,6 +93,20 @@ def _tie(requests: int, tied: bool) -> None:
     """
     flags = fcntl.fcntl(requests, fcntl.F_GETFL)
     fcntl.fcntl(requests, fcntl.F_SETFL, flags | os.O_ASYNC if tied else flags & ~os.O_ASYNC)
+    if tied and _hung_up(requests):  # it closed before the kernel was asked to tell
+        _end_group()
+
+
+def _hung_up(requests: int) -> bool:
+    poll = select.poll()
+    poll.register(requests, select.POLLHUP)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
+def _end_group() -> None:
+    """The parent is gone: this process, and what its checks left running, with it."""
+    if os.getpgrp() == os.getpid():  # not where somebody starts it by hand
+        os.killpg(0, signal.SIGKILL)
 
 
 def _loaded(target: str) -> Any:

@@ -16,22 +16,33 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from millrace.core import catalogue
 from millrace.core.catalogue import Method, Spec, resolve
-from millrace.core.errors import MillraceError, RewardError, boundary
+from millrace.core.errors import DeadlineError, MillraceError, RewardError, boundary
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind
 from millrace.rewards.config import JudgeConfig
 
 WORDS = ("text", "answer", "prompt", "tokens_T", "finish_reason", "row")
 FOLDER = "millrace.rewards.verifiers"
 QUICK_S = 0.02
-OURS = (__file__, catalogue.__file__)  # of no interest to who wrote the verifier
+MOST_HANGING = 64  # threads that passed their deadline and never returned, before their worker is given up
+FEEDBACK_BYTES = 4096  # of a judge failure, its traceback among them
+_HERE = Path(__file__).parent
+# Frames of no interest to who wrote the verifier.
+OURS = (__file__, catalogue.__file__, str(_HERE / "processes.py"), str(_HERE / "verifiers" / "isolation.py"))
+# They are no Exception: in a thread they would end it without an answer, in a task the whole worker.
+ENDINGS = (SystemExit, KeyboardInterrupt, GeneratorExit)
 
 Decode = Callable[[Sequence[Ints]], Sequence[str]]
+
+
+class Hanging(DeadlineError):
+    """So many calls hang in this process that it is of no use any more. Nothing is said of any response."""
 
 
 class Judge:
@@ -48,7 +59,7 @@ class Judge:
         self._decode = decode
         self._config = config
         self._at_once = asyncio.Semaphore(config.concurrency)
-        self._threads = _Threads(config.concurrency, whose=self._whose)
+        self._threads = _Threads(whose=self._whose)
         self._counts: Counter[str] = Counter()
         self._in_a_row = 0
         self._failing: set[str] = set()  # prompts of the failures in a row
@@ -63,6 +74,7 @@ class Judge:
             judged: called after each.
         Raises:
             RewardError: `max_judge_failures` in a row, with the first one's cause.
+            Hanging: of too many calls; what is judged by a new process is not affected.
         """
         texts = self._decode([rollout.tokens_T for rollout in rollouts])
         given = [_words(prompt, rollout, text) for rollout, text in zip(rollouts, texts, strict=True)]
@@ -90,6 +102,8 @@ class Judge:
                     value = await self._within_deadline(self._called_here(have))
                 else:
                     value = await self._within_deadline(self._threads.run(lambda: self._called(have)))
+            except Hanging:
+                raise
             except MillraceError as caught:
                 error = caught
             verdict = await self._verdict(prompt, value, error)
@@ -119,6 +133,8 @@ class Judge:
             try:
                 await self._within_deadline(self._threads.run(several))
                 got = list(answers)
+            except Hanging:
+                raise
             except MillraceError as caught:
                 over.set()
                 got = [*answers, (None, caught)]  # the one that it hung in
@@ -130,7 +146,8 @@ class Judge:
                 raise error
             if isinstance(value, Awaitable):  # a plain function that returned a coroutine
                 value = await self._within_deadline(self._awaited(value))
-            verdict = self._read(value)
+            with boundary(f"reading what {self._whose} returned", RewardError):
+                verdict = self._read(value)
         except MillraceError as caught:
             return self._failed(prompt, str(caught), caught)
         if verdict.kind is VerdictKind.JUDGE_FAILED:
@@ -145,16 +162,24 @@ class Judge:
         return await self._awaited(self._method.call(have))
 
     async def _awaited(self, value: Awaitable[Any]) -> Any:
-        with boundary(self._whose, RewardError):
-            return await value
+        try:
+            with boundary(self._whose, RewardError):
+                return await value
+        except ENDINGS as caught:
+            raise self._ended(caught) from caught
 
     def _called(self, have: Mapping[str, Any]) -> Any:
         self._check_words(have)
         try:
             with boundary(self._whose, RewardError):
                 return self._method.call(have)
-        except SystemExit as caught:  # not an Exception: it would end the thread without an answer
-            raise RewardError(f"{self._whose} called exit({caught.code!r})") from caught
+        except (*ENDINGS, asyncio.CancelledError) as caught:
+            raise self._ended(caught) from caught
+
+    def _ended(self, caught: BaseException) -> RewardError:
+        if isinstance(caught, SystemExit):
+            return RewardError(f"{self._whose} called exit({caught.code!r})")
+        return RewardError(f"{self._whose} raised {type(caught).__name__}: {caught}")
 
     def _check_words(self, have: Mapping[str, Any]) -> None:
         for word in self._method.needs:
@@ -204,9 +229,13 @@ class Judge:
                 f"{self._whose} returned {_shown(value)}: {what} is a {type(value).__name__}, not a number; "
                 "return a float, a Verdict, or a mapping of floats with 'score'"
             )
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer or a fraction beyond the largest float
+            number = math.inf
+        if not math.isfinite(number):
             raise RewardError(f"{self._whose} returned {_shown(value)}: {what} is not finite")
-        return float(value)
+        return number
 
     def _check(self, score: float, what: str) -> float:
         low, high = self._config.lowest, self._config.highest
@@ -220,12 +249,15 @@ class Judge:
 
     def _failed(self, prompt: Prompt, cause: str, caught: MillraceError | None = None) -> Verdict:
         """A failure. Once something was scored, those of one prompt count once: its row alone may be at fault."""
-        cause = f"{cause}; prompt {prompt.id!r}"
+        first, newline, rest = cause.partition("\n")
+        cause = f"{first}; prompt {prompt.id!r}{newline}{rest}{_tail(caught)}"
+        if len(cause) > FEEDBACK_BYTES:
+            cause = f"{cause[: FEEDBACK_BYTES // 2]} ... {cause[-FEEDBACK_BYTES // 2 :]}"
         self._counts[VerdictKind.JUDGE_FAILED.value] += 1
         self._in_a_row += 1
         self._failing.add(prompt.id)
         if not self._first:
-            self._first = cause + _tail(caught)
+            self._first = cause
         works = self._counts[VerdictKind.SCORED.value] + self._counts[VerdictKind.SUBJECT_FAILED.value] > 0
         if (len(self._failing) if works else self._in_a_row) >= self._config.max_judge_failures:
             raise RewardError(
@@ -284,23 +316,22 @@ class _Call:
 class _Threads:
     """Daemon threads: one that hangs in user code neither blocks the others nor the end of the process."""
 
-    def __init__(self, count: int, *, whose: str) -> None:
+    def __init__(self, *, whose: str) -> None:
         self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._whose = whose
-        self._count = count
         self._free = 0
         self._stuck = 0
 
     async def run(self, function: Callable[[], Any]) -> Any:
-        """Call it in a thread; at most `count` callers at a time. A cancelled call keeps its thread until it ends.
+        """Call it in a thread. A cancelled call keeps its thread until it ends.
 
         Raises:
-            RewardError: as many threads again hang already.
+            Hanging: too many threads hang already.
         """
-        if self._stuck >= self._count:
-            raise RewardError(
+        if self._stuck >= MOST_HANGING:
+            raise Hanging(
                 f"{self._stuck} calls of {self._whose} passed their deadline and never returned: give what it waits "
-                "for a timeout of its own"
+                'for a timeout of its own, or write rewards.verifier = { name = "isolated", verifier = ... }'
             )
         call = _Call(function)
         if self._free:
@@ -337,14 +368,22 @@ class _Threads:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """The start of what it looks like; the repr of a user's class, or of a huge integer, may raise."""
+    try:
+        with boundary("repr", RewardError):
+            text = repr(value)
+    except RewardError:
+        return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _tail(caught: MillraceError | None) -> str:
     """The last frames of the user's own code, and what it raised."""
-    if caught is None or caught.__cause__ is None:
+    if caught is None:
         return ""
-    frames = [each for each in traceback.extract_tb(caught.__cause__.__traceback__) if each.filename not in OURS]
-    lines = [*traceback.format_list(frames[-2:]), *traceback.format_exception_only(caught.__cause__)]
+    raised = caught.__cause__ or caught
+    frames = [each for each in traceback.extract_tb(raised.__traceback__) if each.filename not in OURS]
+    if not frames:
+        return ""
+    lines = [*traceback.format_list(frames[-2:]), *traceback.format_exception_only(raised)]
     return "\n" + "".join(lines).rstrip()

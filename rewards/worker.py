@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 from millrace.core.calls import Bell, Outbox, persist, together
 from millrace.core.catalogue import Spec
 from millrace.core.errors import ModelError, boundary
+from millrace.core.failpoint import reach
 from millrace.core.heart import Heart, Pulse
 from millrace.core.protocols import Clock, Orders, Queue, Role
 from millrace.core.schema import decode
@@ -32,6 +34,7 @@ T = TypeVar("T")
 SLOW_S = 1.0  # a worker whose groups take longer holds few of them
 FIRST_PAUSE_S = 0.01
 EMPTY_PAUSE_S = 0.25
+LEAVE_S = 1.0  # that a worker which stops waits for the queue, once for its verdicts and once for its farewell
 
 
 def decoder(directory: str) -> Decode:
@@ -135,12 +138,12 @@ class RewardWorker:
 
         Raises:
             RewardError: the verifier fails again and again (`max_judge_failures`).
-            DeadlineError: the queue has not answered for `silence_s`.
+            DeadlineError: the queue has not answered for `silence_s`; or so many calls of the verifier hang in this
+                process that only a new one can judge (`judge.Hanging`).
             Fenced: another incarnation of this worker has joined.
         """
-        self._epoch = await self._answered(
-            lambda: self._queue.join(self._name, role=Role.REWARD, slots=self._config.concurrency), "join"
-        )
+        if not await self._joined():
+            return
         try:
             async with together() as self._tasks:
                 self._heart.start()
@@ -150,9 +153,11 @@ class RewardWorker:
                     task.cancel()
         finally:
             await self._heart.stop()
-        await self._answered(
-            lambda: self._queue.leave(self._name, epoch=self._epoch, generated=0, abandoned={}), "leave"
-        )
+        with suppress(TimeoutError):  # a queue that is down hears of it from the supervisor, or by the leases' end
+            async with asyncio.timeout(LEAVE_S):
+                await self._answered(
+                    lambda: self._queue.leave(self._name, epoch=self._epoch, generated=0, abandoned={}), "leave"
+                )
 
     async def stop(self) -> None:
         """Put what is judged, give back the rest, and leave; `run` returns when that is done."""
@@ -169,6 +174,22 @@ class RewardWorker:
             **self._counts,
         }
 
+    async def _joined(self) -> bool:
+        """False when it was told to stop before the queue had answered."""
+        joining = asyncio.ensure_future(
+            self._answered(
+                lambda: self._queue.join(self._name, role=Role.REWARD, slots=self._config.concurrency), "join"
+            )
+        )
+        joining.add_done_callback(lambda _: self._bell.ring())
+        try:
+            await self._bell.until(lambda: joining.done() or self._stopping)
+            if joining.done():
+                self._epoch = joining.result()
+            return joining.done()
+        finally:
+            joining.cancel()
+
     async def _serve(self) -> None:
         while not self._stopping:
             await self._bell.until(lambda: self._room() > 0 or self._stopping)
@@ -184,7 +205,9 @@ class RewardWorker:
                 self._judging.add(task)
                 task.add_done_callback(self._judging.discard)
             await self._let_gather(len(groups))
-        await self._outbox.drain()
+        with suppress(TimeoutError):  # what a queue that is down does not get is judged again
+            async with asyncio.timeout(LEAVE_S):
+                await self._outbox.drain()
 
     def _room(self) -> int:
         most = self._config.groups
@@ -241,6 +264,7 @@ class RewardWorker:
 
     async def _put(self, verdicts: Sequence[GroupVerdict]) -> None:
         request = self._request("put")
+        reach("reward.put.before")
         self._counts["put_calls"] += 1
         draws = ", ".join(str(one.id) for one in verdicts[:4]) + (" ..." if len(verdicts) > 4 else "")
         receipts = await self._answered(

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from millrace.core.errors import EngineError, MillraceError, boundary
+from millrace.core.errors import EngineDeadError, EngineError, MillraceError, boundary
 from millrace.core.protocols import Sampling
 from millrace.core.types import Ints, Rollout, VersionRun
 
@@ -140,8 +140,16 @@ class Pump(Generic[C]):
     async def sample(self, tokens_P: Ints, *, sampling: Sampling, seeds: Sequence[int], key: str) -> Sequence[Rollout]:
         """See `core.protocols.Engine.sample`."""
         if self._broken is not None:
-            raise EngineError(f"sample '{key}': {self._broken}")
-        check_call(tokens_P, sampling, key, self._calls, max_model_len=self._max_model_len, vocabulary=self.vocabulary)
+            raise self._gone(f"sample '{key}': ")
+        check_call(
+            tokens_P,
+            sampling,
+            seeds,
+            key,
+            self._calls,
+            max_model_len=self._max_model_len,
+            vocabulary=self.vocabulary,
+        )
         loop = asyncio.get_running_loop()
         call = Call(key=key, prompt=tokens_P.tolist(), sampling=sampling, loop=loop, done=loop.create_future())
         for seed in seeds:
@@ -151,7 +159,7 @@ class Pump(Generic[C]):
         if not call.pending:
             return ()
         self._calls[key] = call
-        self._post(lambda: self.core.add(call))
+        self._post(lambda: self._admit(call))
         try:
             await call.done
         except asyncio.CancelledError:
@@ -189,14 +197,11 @@ class Pump(Generic[C]):
 
     async def settled(self, future: "Future[R]") -> R:
         """Wait for a future that a step settles; the engine's end settles it too."""
-        answer = asyncio.wrap_future(future)
-        self._waiting.add(answer)
-        try:
-            if self._broken is not None:  # in a step before the line above
-                raise EngineError(str(self._broken))
-            return await answer
-        finally:
-            self._waiting.discard(answer)
+        return await self._until_gone(asyncio.wrap_future(future))
+
+    async def watch(self) -> None:
+        """See `core.protocols.Engine.watch`: a step that fails ends the engine, whoever's it was."""
+        await self._until_gone(asyncio.get_running_loop().create_future())
 
     async def abort(self, key: str) -> None:
         """Give up a running `sample`; unknown keys are ignored, because it may just have finished."""
@@ -217,21 +222,45 @@ class Pump(Generic[C]):
             self._broken = EngineError(f"{self._name} engine: it was closed")
         self._thread.shutdown(wait=True)
 
+    async def _until_gone(self, future: "asyncio.Future[R]") -> R:
+        self._waiting.add(future)
+        try:
+            if self._broken is not None:  # in a step before the line above
+                raise self._gone()
+            return await future
+        finally:
+            self._waiting.discard(future)
+
+    def _gone(self, what: str = "") -> MillraceError:
+        """A new error for each who asks, because tracebacks grow on the one that is raised."""
+        assert self._broken is not None
+        return type(self._broken)(f"{what}{self._broken}")
+
     def _post(self, work: Callable[[], None]) -> None:
         with self._lock:
             if self._broken is not None:
-                raise EngineError(str(self._broken))
+                raise self._gone()
             self._inbox.append(work)
             if not self._running:
                 self._running = True
-                self._thread.submit(self._run)
+                self._thread.submit(self._run).add_done_callback(self._ran)
 
     def _run(self) -> None:
+        while self._advance():
+            pass
+
+    def _ran(self, run: "Future[None]") -> None:
+        cause = run.exception()
+        if cause is not None:
+            self._break(cause)
+
+    def _admit(self, call: Call) -> None:
+        """A call that the core refuses fails alone."""
         try:
-            while self._advance():
-                pass
+            with boundary(f"sample '{call.key}': the {self._name} engine", EngineError):
+                self.core.add(call)
         except MillraceError as caught:
-            self._break(caught)
+            self._give_up(call, caught)
 
     def _advance(self) -> bool:
         with boundary(f"{self._name} engine: a step", EngineError):
@@ -253,35 +282,53 @@ class Pump(Generic[C]):
         for loop in {call.loop for call in done}:
             _settle_later(loop, [(call.done, None) for call in done if call.loop is loop])
 
-    def _give_up(self, call: Call) -> None:
+    def _give_up(self, call: Call, why: MillraceError | None = None) -> None:
         if call.pending <= 0:
             return  # it finished before the abort arrived
         self.core.abort([response for response in call.responses if not response.finish_reason])
         call.pending = 0
         self.aborted += call.tokens
-        message = f"sample '{call.key}' was aborted after {call.tokens} tokens"
-        _settle_later(call.loop, [(call.done, EngineError(message))])
+        error = why or EngineError(f"sample '{call.key}' was aborted after {call.tokens} tokens")
+        _settle_later(call.loop, [(call.done, error)])
 
-    def _break(self, cause: MillraceError) -> None:
+    def _break(self, cause: BaseException) -> None:
+        said = (
+            str(cause) if isinstance(cause, MillraceError) else f"{self._name} engine: {type(cause).__name__}: {cause}"
+        )
         with self._lock:
-            self._broken = cause
+            self._broken = EngineDeadError(f"{said}. It takes no further calls: start the worker again")
             self._inbox.clear()
         for future in [call.done for call in list(self._calls.values())] + list(self._waiting):
-            _settle_later(future.get_loop(), [(future, EngineError(str(cause)))])
+            _settle_later(future.get_loop(), [(future, self._gone())])
 
 
 def check_call(
-    tokens_P: Ints, sampling: Sampling, key: str, running: Container[str], *, max_model_len: int, vocabulary: int
+    tokens_P: Ints,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    key: str,
+    running: Container[str],
+    *,
+    max_model_len: int,
+    vocabulary: int,
 ) -> None:
-    """Refuse what no engine could sample.
+    """Refuse what no engine could sample, before it meets what else runs in the engine.
 
     Raises:
-        EngineError: the prompt is empty, too long or of another vocabulary, or the key is in use.
+        EngineError: the prompt is empty, too long or of another vocabulary, a seed is none, or the key is in use.
     """
     if key in running:
         raise EngineError(f"sample '{key}' is already running: keys of running calls are unique")
     if not len(tokens_P):
         raise EngineError(f"sample '{key}': the prompt is empty: give at least one token, usually the BOS token")
+    if tokens_P.ndim != 1 or tokens_P.dtype.kind not in "iu":
+        raise EngineError(
+            f"sample '{key}': the prompt is {tokens_P.dtype} of shape {tokens_P.shape}: give one row of token ids"
+        )
+    if sampling.max_tokens < 1:
+        raise EngineError(f"sample '{key}': max_tokens = {sampling.max_tokens}: ask for at least one token")
+    if odd := [seed for seed in seeds if not 0 <= seed < 2**63]:
+        raise EngineError(f"sample '{key}': seed {odd[0]}: seeds lie in 0 .. 2**63 - 1")
     if len(tokens_P) + sampling.max_tokens > max_model_len:
         raise EngineError(
             f"sample '{key}': {len(tokens_P)} prompt tokens + max_tokens = {sampling.max_tokens} exceed "

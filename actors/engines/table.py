@@ -61,7 +61,9 @@ class TableEngine:
     async def sample(self, tokens_P: Ints, *, sampling: Sampling, seeds: Sequence[int], key: str) -> Sequence[Rollout]:
         """See `core.protocols.Engine.sample`. A call starts when all its sequences have a slot."""
         vocabulary = len(self._table)
-        check_call(tokens_P, sampling, key, self._calls, max_model_len=self._max_model_len, vocabulary=vocabulary)
+        check_call(
+            tokens_P, sampling, seeds, key, self._calls, max_model_len=self._max_model_len, vocabulary=vocabulary
+        )
         loop = asyncio.get_running_loop()
         call = Call(key=key, prompt=tokens_P.tolist(), sampling=sampling, loop=loop, done=loop.create_future())
         call.responses = [Response(call, number, seed) for number, seed in enumerate(seeds)]
@@ -126,6 +128,10 @@ class TableEngine:
     def progress(self) -> Mapping[str, int]:
         """Tokens sampled so far, by key of the running calls."""
         return {key: call.tokens for key, call in self._calls.items()}
+
+    async def watch(self) -> None:
+        """See `core.protocols.Engine.watch`. A table is gone only with this process."""
+        await asyncio.Event().wait()
 
     async def close(self) -> None:
         """Give up what runs."""

@@ -345,6 +345,10 @@ class VllmEngine:
         """Tokens sampled so far, by key of the running calls."""
         return self._pump.progress()
 
+    async def watch(self) -> None:
+        """See `core.protocols.Engine.watch`."""
+        await self._pump.watch()
+
     async def close(self) -> None:
         """Give up what runs and end vLLM."""
         await self._pump.close()

@@ -1,33 +1,39 @@
 """vLLM in child processes, for engines that span GPUs: the same protocol over `AsyncLLM`.
 
-The engine core runs in a process of its own and starts one worker process per GPU. All of them end with this
-process: each worker watches it and kills the core above itself (see vllm_weights).
+The engine core runs in a process of its own and starts one worker process per GPU. All of them end with this process,
+and the engine with each of them (see processes): vLLM itself leaves orphans, and calls that are never answered.
 """
 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError as VllmDeadError
 
+from millrace.actors.engines.processes import Processes
 from millrace.actors.engines.pump import check_call
 from millrace.actors.engines.vllm import VllmOptions, check_load, engine_arguments, sampling_params, tensor_rows
-from millrace.actors.engines.vllm_weights import OWNER_VARIABLE, request_id
+from millrace.actors.engines.vllm_weights import request_id
 from millrace.actors.weights import check_digest, probe_gap
-from millrace.core.errors import EngineError, WeightsError, boundary
+from millrace.core.errors import EngineDeadError, EngineError, WeightsError, boundary
 from millrace.core.protocols import Manifest, Proof, Sampling, WeightHandle
 from millrace.core.types import Floats, Ints, Rollout, VersionRun
 from millrace.core.weights import VersionGoneError
 
+R = TypeVar("R")
+
 _SCORE = "score"
 _ABORT_AGAIN_S = 0.005
+_DEATH_S = 1.0  # for the watch to see a process end, after vLLM has
 
 
 class VllmAsyncEngine:
@@ -52,9 +58,16 @@ class VllmAsyncEngine:
         arguments = engine_arguments(model, slots, max_model_len, dtype, seed, self._options)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        os.environ[OWNER_VARIABLE] = str(os.getpid())
-        with boundary("vllm_async engine: its start", EngineError):
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True))
+        self._processes = Processes()
+        try:
+            with boundary("vllm_async engine: its start", EngineError), self._processes.starting():
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments, disable_log_stats=True))
+        except EngineError:
+            self._processes.close()
+            raise
+        self._watching = False
+        self._death = ""  # what happened to vLLM's processes
+        self._dead = asyncio.Event()
         self._llm.output_processor.process_outputs = self._counting(self._llm.output_processor.process_outputs)
         self._vocabulary: int = self._llm.model_config.get_vocab_size()
         self._max_model_len = max_model_len
@@ -70,7 +83,9 @@ class VllmAsyncEngine:
 
     async def sample(self, tokens_P: Ints, *, sampling: Sampling, seeds: Sequence[int], key: str) -> Sequence[Rollout]:
         """See `core.protocols.Engine.sample`."""
-        check_call(tokens_P, sampling, key, self._calls, max_model_len=self._max_model_len, vocabulary=self._vocabulary)
+        check_call(
+            tokens_P, sampling, seeds, key, self._calls, max_model_len=self._max_model_len, vocabulary=self._vocabulary
+        )
         names = [request_id(self._number(), seed) for seed in seeds]
         self._calls[key] = names
         call = asyncio.create_task(self._sample(tokens_P.tolist(), sampling, seeds, names, key))
@@ -85,6 +100,9 @@ class VllmAsyncEngine:
 
     async def load(self, weights: WeightHandle, *, prove: bool) -> Proof:
         """See `core.protocols.Engine.load`. Requests in flight are kept; see the option `prefix_cache`."""
+        return await self._alive(self._load(weights, prove=prove), f"load of version {weights.manifest.version}")
+
+    async def _load(self, weights: WeightHandle, *, prove: bool) -> Proof:
         await self._prepared()
         async with self._loading:
             manifest = weights.manifest
@@ -98,7 +116,8 @@ class VllmAsyncEngine:
                 consumed = await self._load_buffer(weights)
                 await self._llm.update_weight_version(str(manifest.version))
             finally:
-                await self._llm.resume_generation()
+                if not self._dead.is_set():
+                    await self._llm.resume_generation()
             pause_s = time.perf_counter() - started
             self._version = manifest.version
             gap = await probe_gap(manifest, self._score, longest=self._max_model_len - 1) if prove else None
@@ -106,15 +125,19 @@ class VllmAsyncEngine:
 
     async def score(self, tokens_T: Ints) -> Floats:
         """See `core.protocols.Engine.score`. Waits for a running `load`, so that one version scores all tokens."""
-        await self._prepared()
-        async with self._loading:
-            return await self._score(tokens_T)
+
+        async def scored() -> Floats:
+            await self._prepared()
+            async with self._loading:
+                return await self._score(tokens_T)
+
+        return await self._alive(scored(), "score")
 
     async def abort(self, key: str) -> None:
         """See `core.protocols.Engine.abort`."""
         names = self._calls.get(key)
         while names is not None and self._calls.get(key) is names:
-            await self._llm.abort(names)
+            await self._alive(self._llm.abort(names), f"abort of '{key}'")
             await asyncio.sleep(_ABORT_AGAIN_S)  # vLLM does not know a request yet while it validates it
 
     @property
@@ -131,24 +154,32 @@ class VllmAsyncEngine:
         """Tokens sampled so far, by key of the running calls."""
         return {key: sum(map(self._tokens_of, names)) for key, names in self._calls.items()}
 
+    async def watch(self) -> None:
+        """See `core.protocols.Engine.watch`."""
+        await self._alive(asyncio.Event().wait(), "idle")
+
     async def close(self) -> None:
         """Give up what runs and end vLLM's processes."""
-        for key in list(self._calls):
-            await self.abort(key)
+        with suppress(EngineDeadError):
+            for key in list(self._calls):
+                await self.abort(key)
         if self._ending:
             await asyncio.wait(self._ending, timeout=5)
         self._llm.shutdown()
+        self._processes.close()
 
     async def _sample(
         self, prompt: list[int], sampling: Sampling, seeds: Sequence[int], names: list[str], key: str
     ) -> Sequence[Rollout]:
-        try:
+        async def outputs_of() -> list[Any]:
             await self._prepared()
-            outputs = await asyncio.gather(
+            return await asyncio.gather(
                 *(self._one(prompt, sampling, seed, name) for seed, name in zip(seeds, names, strict=True))
             )
-        except (EngineDeadError, EngineGenerateError) as caught:
-            raise EngineError(f"sample '{key}': vLLM's engine process failed: {caught.__cause__ or caught}") from caught
+
+        try:
+            with boundary(f"sample '{key}': vLLM", EngineError):
+                outputs = await self._alive(outputs_of(), f"sample '{key}'")
         finally:
             del self._calls[key]
             tokens = sum(self._finished.pop(name, 0) for name in names)
@@ -194,6 +225,38 @@ class VllmAsyncEngine:
             raise
         return check_load(manifest, [(list(consumed), list(unset)) for consumed, unset in answers])
 
+    async def _alive(self, call: Awaitable[R], what: str) -> R:
+        """The call's answer; vLLM owes it for ever once one of its processes is gone.
+
+        Raises:
+            EngineDeadError: at once when that happens. The call is left alone.
+        """
+        if not self._watching:
+            self._watching = True
+            self._processes.watch(partial(self._died, asyncio.get_running_loop()))
+        answer, dead = asyncio.ensure_future(call), asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait((answer, dead), return_when=asyncio.FIRST_COMPLETED)
+            if not self._dead.is_set() and isinstance(_failure(answer), VllmDeadError):
+                await asyncio.wait((dead,), timeout=_DEATH_S)  # says which process, and how
+            if self._dead.is_set() or isinstance(_failure(answer), VllmDeadError):
+                raise EngineDeadError(
+                    f"{what}: vLLM's {self._death or 'engine process failed'}: start the worker again; the kernel's "
+                    "log says whether memory ran out"
+                )
+            return answer.result()
+        finally:
+            for task in (answer, dead):
+                if not task.done():
+                    task.cancel()
+                    self._ending.add(task)
+                task.add_done_callback(self._ended)
+
+    def _died(self, loop: asyncio.AbstractEventLoop, what: str) -> None:
+        self._death = what
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(self._dead.set)
+
     async def _prepared(self) -> None:
         if self._preparing is None:
             self._preparing = asyncio.create_task(self._prepare())
@@ -232,6 +295,10 @@ class VllmAsyncEngine:
     def _number(self) -> int:
         self._numbers += 1
         return self._numbers
+
+
+def _failure(task: "asyncio.Future[Any]") -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 def _rollout(output: Any, seed: int) -> Rollout:

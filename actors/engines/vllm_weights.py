@@ -3,10 +3,6 @@
 vLLM imports this module by name (`worker_extension_cls`) before it builds the model, also in child processes.
 """
 
-import os
-import select
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +15,6 @@ from millrace.actors.engines.sampling import noise, streams
 from millrace.core.errors import WeightsError
 from millrace.core.weights import map_file
 
-OWNER_VARIABLE = "MILLRACE_ENGINE_OWNER"  # pid of the process whose end must end every engine process
 TensorRow = tuple[str, str, tuple[int, ...], int, int]  # name, dtype, shape, offset, size
 
 _pack = layer_utils.dispatch_cpu_unquantized_gemm
@@ -126,29 +121,3 @@ def seed_of_request(name: str) -> int:
     """
     seed = name.split("-")[0].rpartition(".")[2]
     return int(seed) if seed.isdecimal() else 0
-
-
-def _end_with_owner() -> None:
-    """Kill this process, and the engine process above it, as soon as the owner is gone."""
-    owner = int(os.environ.get(OWNER_VARIABLE, "0"))
-    if not owner or owner == os.getpid():
-        return
-    parent = os.getppid()
-    try:
-        descriptor = os.pidfd_open(owner)
-    except ProcessLookupError:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return
-
-    def watch() -> None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
-        if parent != owner and os.getppid() == parent:
-            os.kill(parent, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="end-with-owner", daemon=True).start()
-
-
-_end_with_owner()

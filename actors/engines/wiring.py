@@ -4,6 +4,7 @@ A digest proves which bytes arrived, not which bytes the engine multiplies with:
 parameters and tie embeddings, and a stale copy is silent.
 """
 
+import asyncio
 import tempfile
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from millrace.core.errors import ModelError, WeightsError, boundary
 from millrace.core.one_at_a_time import MODEL_LOADING
-from millrace.core.protocols import Engine, Manifest, Probe
+from millrace.core.protocols import Engine, Manifest, Probe, WeightHandle
 from millrace.core.types import Floats, Ints
 from millrace.core.weights import buffer_bytes, digest_of, layout, write
 
@@ -45,21 +46,31 @@ async def check_wiring(
     if engine.version > BEFORE_ALL:
         raise WeightsError(f"check_wiring: the engine is at version {engine.version}: run it before the first load")
     allowed = TOLERANCE[dtype] if tolerance is None else tolerance
+    with tempfile.TemporaryDirectory(prefix="millrace-wiring-") as directory:
+        # In a thread: loading the reference takes as long as the engine's start, and its worker answers meanwhile.
+        own, other, shift = await asyncio.to_thread(_versions, model, directory, dtype, allowed, seed)
+        if not shift > 10 * allowed:
+            raise WeightsError(
+                f"check_wiring: perturbing every tensor of {model} moves the probes by {shift:.1e} nats only, "
+                f"tolerance {allowed:.0e}: nothing would be proved; give a smaller tolerance"
+            )
+        proof = await engine.load(other, prove=True)
+        restored = await engine.load(own, prove=True)
+    return max(proof.probe_gap or 0.0, restored.probe_gap or 0.0)
+
+
+def _versions(
+    model: str, directory: str, dtype: str, tolerance: float, seed: int
+) -> tuple[WeightHandle, WeightHandle, float]:
+    """The model's own weights, perturbed ones, and how far these move the probes, nats."""
     reference = load_reference(model, dtype)
     sequences = probe_sequences(reference)
-    own, own_buffer = manifest_of(reference, sequences, version=BEFORE_ALL, dtype=dtype, tolerance=allowed)
+    own, buffer = manifest_of(reference, sequences, version=BEFORE_ALL, dtype=dtype, tolerance=tolerance)
+    own_handle = write(directory, own, buffer)
     perturb(reference, seed)
-    other, other_buffer = manifest_of(reference, sequences, version=BEFORE_ALL - 1, dtype=dtype, tolerance=allowed)
+    other, buffer = manifest_of(reference, sequences, version=BEFORE_ALL - 1, dtype=dtype, tolerance=tolerance)
     shift = max(float(np.abs(a.logprob_T - b.logprob_T).max()) for a, b in zip(own.probes, other.probes, strict=True))
-    if not shift > 10 * allowed:
-        raise WeightsError(
-            f"check_wiring: perturbing every tensor of {model} moves the probes by {shift:.1e} nats only, tolerance "
-            f"{allowed:.0e}: nothing would be proved; give a smaller tolerance"
-        )
-    with tempfile.TemporaryDirectory(prefix="millrace-wiring-") as directory:
-        proof = await engine.load(write(directory, other, other_buffer), prove=True)
-        restored = await engine.load(write(directory, own, own_buffer), prove=True)
-    return max(proof.probe_gap or 0.0, restored.probe_gap or 0.0)
+    return own_handle, write(directory, other, buffer), shift
 
 
 def load_reference(model: str, dtype: str) -> PreTrainedModel:

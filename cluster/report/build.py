@@ -13,11 +13,11 @@ from typing import Any
 
 from millrace.cluster.record import plain
 from millrace.cluster.report.charts import charts
-from millrace.cluster.report.facts import events, facts, tiles, waste
+from millrace.cluster.report.facts import events, facts, incidents, tiles, waste
 from millrace.cluster.report.read import Found, read
 from millrace.cluster.run_directory import REPORT
 
-SCRIPTS = ("dom.js", "charts.js", "tokens.js", "rollouts.js", "page.js")
+SCRIPTS = ("dom.js", "charts.js", "incidents.js", "tokens.js", "rollouts.js", "page.js")
 TONES = {"finished": "good", "failed": "bad", "stopped": "idle"}  # of other states: busy
 
 
@@ -53,6 +53,7 @@ def contents(found: Found) -> dict[str, Any]:
             "facts": facts(found),
             "waste": waste(found),
             "charts": [chart.as_json() for chart in charts(found)],
+            "incidents": incidents(found),
             "events": events(found),
             "missing": found.missing,
         }

@@ -7,6 +7,12 @@ from millrace.cluster.report.lags import by_lag, lag, lag_shares
 from millrace.cluster.report.read import Found, Row
 from millrace.cluster.report.series import BARS, POINTS, Chart, Numbers, Series, buckets, line, mean
 
+WAITS = {  # cause -> how it is called, and its colour
+    "data": ("waiting for data", "c3"),
+    "judge": ("for verdicts", "c1"),
+    "weights": ("for weights", "c4"),
+    "scheduler": ("for the rules", "c6"),
+}
 SMOOTHED_FROM = 60  # steps: from so many a running mean is drawn over the single ones
 
 
@@ -190,27 +196,31 @@ def _time(rows: Sequence[Row]) -> Chart | None:
         return None
     parts = buckets(having, BARS)
     totals = [sum(row["time/step_s"] for row in part) for part in parts]
+    waiting = {f"idle/{cause}_s": name for cause, name in WAITS.items()}
+    if not any(name in row for row in having for name in waiting):
+        waiting = {"time/wait_s": ("waiting", "c3")}
     named: dict[str, tuple[str, str]] = {
-        "compute": ("computing", "c0"),
-        "wait": ("waiting for data", "c3"),
-        "publish": ("publishing weights", "c2"),
-        "checkpoint": ("writing checkpoints", "c5"),
-        "other": ("other", "c7"),
+        "time/compute_s": ("computing", "c0"),
+        **waiting,
+        "time/publish_s": ("publishing weights", "c2"),
+        "time/checkpoint_s": ("writing checkpoints", "c5"),
     }
+    spent = {
+        name: [sum(row.get(name) or 0.0 for row in part) / total for part, total in zip(parts, totals, strict=True)]
+        for name in named
+    }
+    spent["other"] = [max(0.0, 1 - sum(each)) for each in zip(*spent.values(), strict=True)]
+    named["other"] = ("other", "c7")
     series = [
-        Series(
-            name=said,
-            colour=colour,
-            x=[part[-1]["step"] for part in parts],
-            y=[sum(row[f"time/{key}_s"] for row in p) / total for p, total in zip(parts, totals, strict=True)],
-        )
-        for key, (said, colour) in named.items()
+        Series(name=said, colour=colour, x=[part[-1]["step"] for part in parts], y=[*spent[name]])
+        for name, (said, colour) in named.items()
     ]
     return Chart(
         id="time",
         title="The learner's time",
         unit="share",
-        about="What the learner did: waiting means that generation or judging is the bottleneck.",
+        about="What the learner did. It waits for data where generation is the bottleneck, for verdicts where judging "
+        "is, for weights where engines had not loaded them, for the rules where the queue held groups back.",
         series=series,
         stack=True,
         percent=True,

@@ -2,11 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from millrace.cluster.progress import count, duration
-from millrace.cluster.report.read import Found
+from millrace.cluster.incidents import incidents as find
+from millrace.cluster.incidents import recovery_s
+from millrace.cluster.progress import count, duration, seconds
+from millrace.cluster.report.read import Found, Row
 from millrace.cluster.result import packages
 from millrace.core.errors import MillraceError
 from millrace.learner.objective import Objective
@@ -18,6 +21,9 @@ WASTE_SAID = {
     "reused": "read again by further uses of their groups; not part of the sum",
     "in_flight": "being generated",
     "queued": "waiting to be judged or trained",
+    "failed:crashed": "in hand in a process that was lost",
+    "failed:engine": "the engine failed on them",
+    "failed:judge": "no verdict could be had",
     "unaccounted": "what the books cannot explain; 0 if they are right",
 }
 
@@ -122,11 +128,67 @@ def waste(found: Found) -> list[dict[str, Any]]:
     ]
 
 
+def incidents(found: Found) -> dict[str, Any]:
+    """What was lost and came back: each incident at its step, recovery by role, prompts that were given up."""
+    lost = find(found.events)
+    times: dict[str, list[float]] = recovery_s(lost)
+    roles = dict.fromkeys(each.role for each in lost)
+    return {
+        "steps": max((row["step"] for row in found.rows), default=0),
+        "lost": [
+            {
+                "component": each.component,
+                "cause": " ".join(each.cause.split()),
+                "time": _at(each.time_s),
+                "step": _step_at(found.rows, each.time_s),
+                "back": None if each.down_s is None else _step_at(found.rows, each.time_s + each.down_s),
+                "down": "given up" if each.given_up else "" if each.down_s is None else seconds(each.down_s),
+            }
+            for each in lost
+        ],
+        "roles": [
+            {
+                "role": role,
+                "lost": sum(each.role == role for each in lost),
+                "mean": seconds(sum(times[role]) / len(times[role])) if role in times else "",
+                "most": seconds(max(times[role])) if role in times else "",
+            }
+            for role in roles
+        ],
+        "quarantined": [
+            {
+                "prompt": str(event.get("prompt", "")),
+                "cause": " ".join(str(event.get("cause", "")).split()),
+                "times": event.get("times"),
+                "traceback": str(event.get("traceback") or ""),
+            }
+            for event in found.events
+            if event.get("kind") == "quarantined"
+        ],
+    }
+
+
+def _step_at(rows: Sequence[Row], time_s: float) -> float:
+    """Where on the axis of steps a moment lies: between the step that was made before it and the one after."""
+    after = bisect_right(rows, time_s, key=lambda row: float(row.get("time_s", 0.0)))
+    if after == len(rows):
+        return float(rows[-1]["step"]) if rows else 0.0
+    high = rows[after]
+    step, low_s = (rows[after - 1]["step"], rows[after - 1]["time_s"]) if after else (0, None)
+    long_s = high["time_s"] - low_s if low_s is not None else high.get("time/step_s") or 1.0
+    part = 1 - (high["time_s"] - time_s) / long_s if long_s > 0 else 0.0
+    return float(step + (high["step"] - step) * max(0.0, part))
+
+
+def _at(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time_s))
+
+
 def events(found: Found) -> list[dict[str, str]]:
     """What happened, the last first: `time`, `kind`, and the other facts as text."""
     return [
         {
-            "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event.get("time_s", 0))),
+            "time": _at(event.get("time_s", 0)),
             "kind": str(event.get("kind", "")),
             "facts": "; ".join(
                 f"{key} {_fact(value)}" for key, value in event.items() if key not in ("time_s", "kind")

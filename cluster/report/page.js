@@ -58,5 +58,6 @@ top();
 summary();
 if (data.charts.length) showCharts(document.querySelector(".charts"), data.charts);
 else document.querySelector(".charts").append(make("p", { class: "soft" }, "No step has been made yet."));
+showIncidents(document.getElementById("incidents"), data.incidents);
 samples();
 more();

@@ -6,13 +6,14 @@ from rich.text import Text
 
 from millrace.cluster.progress import count
 from millrace.cluster.view.charts import bar, plot
-from millrace.cluster.view.picture import Picture
+from millrace.cluster.view.picture import WAITING, Picture
 from millrace.cluster.view.words import Part, fitted, joined, number, percent
 from millrace.core.replay.draws import State
 
 LIVE = (State.WAITING, State.LEASED, State.GENERATED, State.JUDGING, State.SCORED, State.IN_STEP)
+FIRST = ("trained", "unaccounted")  # rows of the waste ledger that are always shown
 CALLED = {State.LEASED: "generating", State.IN_STEP: "in step"}
-TIME_STYLES = {"computing": "magenta", "waiting": "yellow"}
+TIME_STYLES = {"computing": "magenta", **dict.fromkeys(WAITING.values(), "yellow")}
 
 
 def lag_short(picture: Picture, columns: int) -> Text:
@@ -66,21 +67,23 @@ def rates_tall(picture: Picture, columns: int, lines: int) -> list[Text]:
     ]
     rows.append(Text("samples  ").append(f"{_samples(picture):>6}", "bold").append(" /s", "dim"))
     if lines < 4 + len(spent):
-        return rows
+        shares = [Part(f"{name.removeprefix('wait: ')} {percent(share)}") for name, share in spent.items()]
+        row = Text("time     ").append_text(joined(shares, columns - 9, picture.glyphs))
+        return [*rows, row] if lines > len(rows) and spent else rows
     rows.append(Text("time of the learner", "dim"))
     return rows + [
-        Text(f"{name:<11}")
-        .append(f"{percent(share):>4} ", "bold")
-        .append(bar(share, max(columns - 16, 4), picture.glyphs), TIME_STYLES.get(name, "dim"))
+        Text(f"{name:<15}")
+        .append(f"{percent(share):>5} ", "bold")
+        .append(bar(share, max(columns - 21, 4), picture.glyphs), TIME_STYLES.get(name, "dim"))
         for name, share in spent.items()
     ]
 
 
 def rates_sizes(picture: Picture, _columns: int) -> Sequence[int]:
-    """The rates; the rates and the learner's time."""
+    """The rates; the rates and the learner's time, in one line or in bars."""
     if not any(rate for _, rate, _ in _rates(picture)):
         return ()
-    return (3, 4 + len(picture.spent)) if picture.spent else (3,)
+    return (3, 4, 4 + len(picture.spent)) if picture.spent else (3,)
 
 
 def draws_short(picture: Picture, columns: int) -> Text:
@@ -115,7 +118,7 @@ def tokens_short(picture: Picture, columns: int) -> Text:
     generated, rows = _tokens(picture)
     if not generated:
         return Text("none generated yet", "dim")
-    parts = [Part(f"{row} {percent(many / generated)}", _style(row)) for row, many in rows]
+    parts = [Part(f"{row} {percent(many / generated)}", _style(row, many)) for row, many in rows]
     return joined([Part(f"{count(generated)} generated", "bold"), *parts], columns, picture.glyphs)
 
 
@@ -126,7 +129,7 @@ def tokens_tall(picture: Picture, columns: int, lines: int) -> list[Text]:
     name_room = 24 if room else columns - 12
     table = [Text(f"{'generated':<{name_room}} ").append(f"{count(generated):>6}", "bold")]
     for row, many in rows:
-        share, style = many / generated, _style(row)
+        share, style = many / generated, _style(row, many)
         name = f"{fitted(row, name_room, picture.glyphs.cut):<{name_room}} "
         numbers = (f"{count(many):>6}", "bold"), (f" {percent(share):>4} ", "dim")
         table.append(Text.assemble((name, style), *numbers, (bar(share, room, picture.glyphs), style)))
@@ -169,19 +172,19 @@ def _draws(picture: Picture) -> tuple[list[tuple[str, int]], list[tuple[str, int
 
 
 def _tokens(picture: Picture) -> tuple[int, list[tuple[str, int]]]:
-    """Generated tokens, and the rows that they are in: what was trained first, then the largest.
+    """Generated tokens, and the rows that they are in: trained and unaccounted first, then the largest.
 
     Tokens that were trained again are no part of them.
     """
     tokens = picture.status.tokens
-    rows = [(row, many) for row, many in tokens.items() if many and row not in ("generated", "reused")]
-    rows.sort(key=lambda pair: (pair[0] != "trained", -abs(pair[1])))
+    rows = [(row, many) for row, many in tokens.items() if many and row not in ("generated", "reused", *FIRST)]
+    rows.sort(key=lambda pair: -abs(pair[1]))
+    rows = [(row, tokens[row]) for row in FIRST if row in tokens] + rows
     return tokens.get("generated", 0), [(row.replace("_", " "), many) for row, many in rows]
 
 
-def _style(row: str) -> str:
+def _style(row: str, many: int) -> str:
     if row == "unaccounted":
-        return "bold red"
-    return (
-        "green" if row == "trained" else "yellow" if row.startswith(("failed", "stale", "filtered", "masked")) else ""
-    )
+        return "bold red" if many else "dim"
+    lost = row.startswith(("failed", "stale", "filtered", "masked"))
+    return "green" if row == "trained" else "yellow" if lost else ""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from millrace.cluster.gauge import CAUSES, Spent
 from millrace.cluster.snapshot import Status
 from millrace.cluster.view.charts import BLOCKS, Glyphs, Value
 
@@ -68,18 +69,24 @@ class Picture:
     @cached_property
     def spent(self) -> dict[str, float]:
         """What the learner's time went on in the last steps -> its share; the largest first."""
-        seconds = {
-            name: sum(row.get(f"time/{part}_s") or 0.0 for row in self.steps[-RECENT:]) for part, name in PARTS.items()
-        }
-        total = sum(seconds.values())
-        shares = {name: each / total for name, each in seconds.items() if total and each / total >= 0.005}
+        spent = Spent()
+        for row in self.steps[-RECENT:]:
+            if "time/step_s" in row:
+                spent.add(row)
+        shares = {WAITING.get(name, name): share for name, share in spent.shares.items() if share >= 0.005}
         return dict(sorted(shares.items(), key=lambda pair: -pair[1]))
 
+    def last(self, kind: str) -> Row | None:
+        """The newest event of a kind."""
+        return next((event for event in reversed(self.events) if event.get("kind") == kind), None)
 
-PARTS = {
-    "wait": "waiting",
-    "compute": "computing",
-    "publish": "publishing",
-    "checkpoint": "checkpoints",
-    "other": "other",
-}
+    @cached_property
+    def stalled(self) -> str:
+        """What a run that makes no step any more says of it; "" when a step was made since."""
+        event = self.last("stalled")
+        if event is None or self.ended or (self.steps and self.steps[-1].get("time_s", 0.0) > event["time_s"]):
+            return ""
+        return str(event.get("why", "")).strip() or "nobody knows why"
+
+
+WAITING = {cause: f"wait: {cause}" for cause in CAUSES}

@@ -6,6 +6,7 @@ leave in the order of their importance, the least important first; an error is a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from millrace.cluster.progress import duration
 from millrace.cluster.snapshot import Status
-from millrace.cluster.view import curves, flow, talk
+from millrace.cluster.view import curves, flow, health, talk
 from millrace.cluster.view.charts import BLOCKS, Glyphs
 from millrace.cluster.view.picture import Picture, Row
 from millrace.cluster.view.words import Part, fitted, joined, wrapped
@@ -35,6 +36,7 @@ class Section:
     short: Callable[[Picture, int], Text]
     tall: Callable[[Picture, int, int], list[Text]]
     sizes: Callable[[Picture, int], Sequence[int]]
+    wanted: Callable[[Picture], bool] = lambda picture: True
 
     def lines(self, picture: Picture, columns: int, lines: int) -> list[Text]:
         """At most so many."""
@@ -50,10 +52,11 @@ RATES = Section("rates", flow.rates_short, flow.rates_tall, flow.rates_sizes)
 DRAWS = Section("draws", flow.draws_short, flow.draws_tall, flow.draws_sizes)
 TOKENS = Section("tokens", flow.tokens_short, flow.tokens_tall, flow.tokens_sizes)
 WAITS = Section("waits", talk.waits_short, talk.waits_tall, talk.waits_sizes)
+HEALTH = Section("health", health.health_short, health.health_tall, health.health_sizes, health.is_news)
 EVENTS = Section("events", talk.events_short, talk.events_tall, talk.events_sizes)
 
-IN_ORDER = (REWARD, HELD_OUT, LAG, RATES, WAITS, DRAWS, TOKENS, EVENTS)
-BY_IMPORTANCE = (REWARD, HELD_OUT, WAITS, LAG, RATES, DRAWS, EVENTS, TOKENS)
+IN_ORDER = (HEALTH, REWARD, HELD_OUT, LAG, RATES, WAITS, DRAWS, TOKENS, EVENTS)
+BY_IMPORTANCE = (REWARD, HEALTH, HELD_OUT, WAITS, LAG, RATES, DRAWS, EVENTS, TOKENS)
 SUPERVISED = (LOSS, RATES, EVENTS)
 
 
@@ -86,8 +89,33 @@ def render(
         message = wrapped(f"{status.error['kind']}: {status.error['message']}", max(width - 4, 10))
         top.append(Panel(Text("\n".join(message)), title="failed", title_align="left", border_style="red", width=width))
         used += len(message) + 2
+    if picture.stalled:
+        box = _stalled(picture, width, height - used)
+        top.append(box.renderable)
+        used += box.lines
     body = _panels(picture, width, height - used) or _lines(picture, width, height - used)
     return Group(*top, *body)
+
+
+class Box(NamedTuple):
+    """A part of the screen above the sections."""
+
+    renderable: RenderableType
+    lines: int
+
+
+def _stalled(picture: Picture, width: int, height: int) -> Box:
+    """What the run says of its standing still: all of it where there is room, else its first line."""
+    message = wrapped(picture.stalled, max(width - 4, 10))
+    room = height - 3  # of the box's own lines, and for one section
+    if room < min(len(message), 3):
+        line = _kept(Text(fitted(f"stalled: {message[0]}", width, picture.glyphs.cut), "bold yellow"))
+        return Box(line, 1) if height > 0 else Box(Group(), 0)
+    if len(message) > room:
+        message = [*message[: room - 1], fitted(" ".join(message[room - 1 :]), max(width - 4, 10), picture.glyphs.cut)]
+    text = Text("\n".join(message))
+    panel = Panel(text, title="stalled", title_align="left", border_style="yellow", width=width)
+    return Box(panel, len(message) + 2)
 
 
 def _title(picture: Picture, width: int) -> Text:
@@ -128,7 +156,7 @@ def _progress(picture: Picture, width: int) -> Text:
 
 def _lines(picture: Picture, width: int, height: int) -> list[RenderableType]:
     """A small screen: titles at the left; as many sections as there are lines, then as much of each."""
-    wanted = SUPERVISED if picture.supervised else BY_IMPORTANCE
+    wanted = _wanted(SUPERVISED if picture.supervised else BY_IMPORTANCE, picture)
     columns = width - TITLE
     sizes = dict.fromkeys((section.title for section in wanted[: max(height - 1, 0)]), 1)
     chosen = [section for section in (SUPERVISED if picture.supervised else IN_ORDER) if section.title in sizes]
@@ -152,12 +180,18 @@ def _lines(picture: Picture, width: int, height: int) -> list[RenderableType]:
     return found
 
 
+def _wanted(sections: Sequence[Section], picture: Picture) -> list[Section]:
+    """Those that have something to say."""
+    return [section for section in sections if section.wanted(picture)]
+
+
 def _panels(picture: Picture, width: int, height: int) -> list[RenderableType]:
     """A large screen: panels in bands. Nothing if it is not large enough for all of them."""
     if width < PANELS_FROM[0] or height + 2 < PANELS_FROM[1] or picture.supervised:
         return []
     bands: list[tuple[Section, ...]] = [(REWARD, HELD_OUT)]
     bands += [(LAG, RATES, DRAWS, TOKENS)] if width >= FOUR_ABREAST else [(LAG, RATES), (DRAWS, TOKENS)]
+    bands += [(HEALTH,)] if HEALTH.wanted(picture) else []
     bands += [(WAITS,), (EVENTS,)]
     inner = [width // len(band) - 4 for band in bands]
     useful = [

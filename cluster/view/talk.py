@@ -4,20 +4,27 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from millrace.cluster.gauge import CAUSES
 from millrace.cluster.progress import duration
-from millrace.cluster.view.picture import Picture, Row
+from millrace.cluster.view.picture import WAITING, Picture, Row
 from millrace.cluster.view.words import Part, facts_of, fitted, joined, percent, wrapped
 
 MOST_EVENTS = 12
 QUIET = frozenset({"evaluated"})  # they are the held-out curve
-STYLES = {"failed": "bold red", **dict.fromkeys(("warning", "interrupted"), "bold yellow")}
+LOSSES = ("lost", "quarantined", "step skipped", "checkpoint refused", "stalled", "stopped without a checkpoint")
+STYLES = {
+    **dict.fromkeys(("failed", "given up"), "bold red"),
+    **dict.fromkeys(("warning", "interrupted", *LOSSES), "bold yellow"),
+}
 NAME_COLUMNS = 14
 
 
 def waits_short(picture: Picture, columns: int) -> Text:
     """The learner's share, and the first worker that waits."""
     waits = picture.status.waits
-    parts = [Part(f"learner waits {percent(_share(picture))}", "bold" if _share(picture) >= 0.5 else "")]
+    causes = _causes(picture)
+    mostly = f", mostly for {max(causes, key=lambda cause: causes[cause])}" if causes else ""
+    parts = [Part(f"learner waits {percent(_share(picture))}{mostly}", "bold" if _share(picture) >= 0.5 else "")]
     others = [(who, why) for who, why in _waiting(picture) if who != "learner"]
     if not others and "learner" in waits:
         others = [("for", waits["learner"])]
@@ -80,7 +87,16 @@ def _learner(picture: Picture) -> str:
     doing = picture.status.learner
     phase = f"{doing['phase']} for {doing.get('phase_s') or 0.0:.1f} s" if doing.get("phase") else "not started"
     why = picture.status.waits.get("learner", "")
-    return f"waits {percent(_share(picture))} of its time; {phase}" + (f": {why}" if why else "")
+    causes = ", ".join(f"{cause} {percent(share)}" for cause, share in _causes(picture).items())
+    waits = f"waits {percent(_share(picture))} " + (f"({causes})" if causes else "of its time")
+    return f"{waits}; {phase}" + (f": {why}" if why else "")
+
+
+def _causes(picture: Picture) -> dict[str, float]:
+    """What the learner waits for -> its part of the share of its time that it waits, as in the last steps."""
+    of_late = {cause: picture.spent.get(WAITING[cause], 0.0) for cause in CAUSES}
+    whole = sum(of_late.values())
+    return {cause: _share(picture) * each / whole for cause, each in of_late.items() if each}
 
 
 def _waits(picture: Picture, columns: int, lines: int) -> list[Text]:

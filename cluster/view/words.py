@@ -9,6 +9,8 @@ from rich.text import Text
 
 from millrace.cluster.view.charts import Glyphs, Value
 
+HIDDEN = ("time_s", "kind", "traceback")  # of an event, on a screen
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -83,7 +85,7 @@ def wrapped(text: str, columns: int) -> list[str]:
     return lines
 
 
-def facts_of(event: Mapping[str, Any], hidden: Sequence[str] = ("time_s", "kind")) -> str:
+def facts_of(event: Mapping[str, Any], hidden: Sequence[str] = HIDDEN) -> str:
     """An event's facts in one line: what is a text alone, the others with their names.
 
     >>> facts_of({"kind": "failed", "cause": "no memory", "step": 3})
@@ -100,5 +102,5 @@ def facts_of(event: Mapping[str, Any], hidden: Sequence[str] = ("time_s", "kind"
         elif isinstance(value, list | tuple):
             said.append(", ".join(map(str, value)))
         else:
-            said.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+            said.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {' '.join(str(value).split())}")
     return ", ".join(said)

@@ -53,6 +53,13 @@ class QueueConfig(Config):
     attempts: int = Field(default=3, ge=1)
     """How often a draw may fail before it is dead and another takes its place."""
 
+    crashes: int = Field(default=3, ge=1)
+    """How often whoever works on a draw, an engine or a judge, may crash or hang before the draw is dead. From the
+    second time on a worker holds one such suspect at a time, so that a poison prompt is told from its neighbours."""
+
+    max_dead: int = Field(default=32, ge=1)
+    """Dead draws that end the run: so many prompts fail that the data, or what judges it, must be wrong."""
+
     judge_retries: int = Field(default=1, ge=0)
     """How often a group whose judge failed is judged again, elsewhere, before its rollouts are masked."""
 
@@ -74,7 +81,7 @@ class QueueConfig(Config):
     judge_cap_s: float = Field(default=600.0, gt=0)
     """No lease of a reward worker lasts longer."""
 
-    keep_commits: int = Field(default=1, ge=1)
+    keep_commits: int = Field(default=2, ge=1)
     """Checkpoints the run can fall back to: groups live until the oldest of them has passed their step."""
 
     @property

@@ -5,7 +5,7 @@ from heapq import nsmallest
 
 from millrace.core.errors import Fenced, LedgerError
 from millrace.core.protocols import Receipt, Role
-from millrace.core.replay.draws import State
+from millrace.core.replay.draws import CRASHES, State
 from millrace.core.replay.journal import Location
 from millrace.core.replay.transaction import Transaction, ids
 from millrace.core.replay.versions import admissible, possible
@@ -38,12 +38,41 @@ class DrawRules(Transaction):
             self.do("late", epoch=epoch, rows=[[*group, tokens] for group, tokens in abandoned.items()])
         self.do("left", worker=worker, epoch=epoch, generated=generated)
 
-    def _lose(self, epoch: int, cause: str, tokens: Mapping[GroupId, int] | None = None) -> None:
-        """End all leases of an incarnation. Leaving in order is no failure of the draws."""
+    def fence(self, worker: str, *, cause: str, traceback: str = "") -> list[GroupId]:
+        """Its process is gone: "crashed", or "hung" and killed. Returns what it held; a repetition does nothing."""
+        if cause not in CRASHES:
+            raise LedgerError(
+                f"fence({worker}, cause={cause!r}): a worker that is gone has {' or '.join(sorted(CRASHES))}; "
+                "one that ends in order calls leave"
+            )
+        if (entry := self.state.workers.get(worker)) is None:
+            return []
+        holds = (*self.state.leases.of(entry.epoch), *self.state.judgings.of(entry.epoch))
+        held = [GroupId(hold.draw, hold.attempt) for hold in holds]
+        self._lose(entry.epoch, cause, traceback=traceback)
+        self.do("gone", worker=worker)
+        return held
+
+    def _lose(
+        self, epoch: int, cause: str, tokens: Mapping[GroupId, int] | None = None, *, traceback: str = ""
+    ) -> None:
+        """End all leases of an incarnation. None of it counts towards `attempts`: no draw is known to be at fault."""
         draws = [self.state.draws[hold.draw] for hold in self.state.leases.of(epoch)]
         last = [(draw, (tokens or {}).get(GroupId(draw.index, draw.attempt), draw.tokens)) for draw in draws]
-        self.fail(last, cause, counted=cause == "fenced")
-        self.give_back((self.state.draws[hold.draw] for hold in self.state.judgings.of(epoch)), "left")
+        self.fail(last, cause, counted=False, tracebacks={draw.index: traceback for draw in draws})
+        judged = [self.state.draws[hold.draw] for hold in self.state.judgings.of(epoch)]
+        if cause in CRASHES:
+            self.judge_crashed(judged, traceback)
+        else:
+            self.give_back(judged, "left")
+
+    def fail_groups(self, worker: str, *, epoch: int, failures: Mapping[GroupId, str]) -> None:
+        """The engine failed on these; the values are tracebacks. What is not held any more is left alone."""
+        self.current(worker, epoch, Role.GENERATION)
+        held = [group for group in failures if self.state.leases.holder(*group, epoch)]
+        draws = [self.state.draws[group.draw] for group in held]
+        tracebacks = {group.draw: failures[group] for group in held}
+        self.fail([(draw, draw.tokens) for draw in draws], "engine", tracebacks=tracebacks)
 
     def lease_draws(self, worker: str, *, epoch: int, version: int, want: int, request: str) -> list[GroupId]:
         """As many of `want` as admission allows: draws whose lease ended first, then new ones."""
@@ -54,13 +83,24 @@ class DrawRules(Transaction):
         count = min(want, self.room(version))
         if count <= 0:
             return []
-        old = nsmallest(count, self.state.waiting)
-        new = range(self.state.next_draw, self.state.next_draw + count - len(old))
+        old, kept = self._again(count, epoch)
+        new = range(self.state.next_draw, self.state.next_draw + count - len(old) - len(kept))
+        if not old and not new:
+            return []
         rows = [[index, self.state.draws[index].attempt + 1] for index in old] + [[index, 0] for index in new]
         config = self.config
         durations = {"start_s": config.start_s, "lease_s": config.lease_s, "cap_s": config.lease_cap_s}
         self.do("leased", worker=worker, epoch=epoch, request=request, version=version, rows=rows, **durations)
         return ids((draw, attempt) for draw, attempt in rows)
+
+    def _again(self, count: int, epoch: int) -> tuple[list[int], list[int]]:
+        """The first `count` waiting draws: those to lease now, and suspects that keep their place until their turn."""
+        first, draws = nsmallest(count, self.state.waiting), self.state.draws
+        suspects = [index for index in first if draws[index].suspect]
+        if not suspects:
+            return first, []
+        kept = suspects if any(draws[hold.draw].suspect for hold in self.state.leases.of(epoch)) else suspects[1:]
+        return [index for index in first if index not in kept], kept
 
     def room(self, version: int) -> int:
         """How many more groups an engine at `version` may be granted now."""
@@ -98,12 +138,17 @@ class DrawRules(Transaction):
         have = self._placed(self.state.step) + self.state.open + len(self.state.reusable)
         return self.config.groups_per_step - have
 
-    def why_idle(self, version: int, short: int) -> str:
+    def why_idle(self, version: int, short: int, epoch: int = 0) -> str:
         """Why `short` more groups were not granted, and what would change that."""
         state, config = self.state, self.config
         slots = f"{short * config.group_size} rollout slots stay idle"
         if version < 0:
             return f"{slots} until weights are loaded; the newest version is {state.versions.newest}"
+        if (count := min(short, self.room(version))) > 0 and (kept := self._again(count, epoch)[1]):
+            return (
+                f"{slots}: whoever worked on draw {kept[0]} crashed {state.draws[kept[0]].crashes} times, and a worker "
+                f"is given one such suspect at a time; {len(kept)} of them wait until the one it holds is done"
+            )
         uses = self._uses()
         if self._needed(uses) <= self._admissible(version, uses + config.stagger):
             return (
@@ -134,6 +179,7 @@ class DrawRules(Transaction):
             raise
         reasons: list[str] = []
         seen: set[GroupId] = set()
+        stored = {header.id for header in headers if header.lease_epoch == epoch and self._stored(header)}
         for header in headers:
             held = self.state.leases.holder(*header.id, header.lease_epoch) and header.lease_epoch == epoch
             if header.id in seen or not held:
@@ -151,13 +197,19 @@ class DrawRules(Transaction):
                 rows.append([*header.id, header.tokens, runs, list(location)])
             self.do("generated", rows=rows)
         return [
-            Receipt(id=header.id, accepted=not reason, reason=reason)
+            Receipt(id=header.id, accepted=not reason or header.id in stored, reason=reason)
             for header, reason in zip(headers, reasons, strict=True)
         ]
 
-    def _not_held(self, header: GroupHeader, epoch: int) -> str:
+    def _stored(self, header: GroupHeader) -> bool:
+        """This very attempt, of this very lease, is here."""
         draw = self.state.draws.get(header.id.draw)
-        if draw is not None and (draw.attempt, draw.epoch) == (header.id.attempt, header.lease_epoch):
+        if draw is None or (draw.attempt, draw.epoch) != (header.id.attempt, header.lease_epoch):
+            return False
+        return draw.location is not None
+
+    def _not_held(self, header: GroupHeader, epoch: int) -> str:
+        if self._stored(header):
             return f"{header.id} is stored already"
         return f"fenced: the lease of {header.id} under epoch {header.lease_epoch} has ended (caller's epoch {epoch})"
 
@@ -180,7 +232,8 @@ class DrawRules(Transaction):
                 continue
             hold = self.state.leases.holder(*header.id, header.lease_epoch)
             if hold is not None and self._bad_group(header):
-                self.fail([(self.state.draws[hold.draw], header.tokens)], "invalid")
+                why = {hold.draw: reason}
+                self.fail([(self.state.draws[hold.draw], header.tokens)], "invalid", tracebacks=why)
             elif hold is None:
                 late.append(header)
         self._book_late(late)

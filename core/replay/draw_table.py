@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from heapq import heappush
+from heapq import heapify, heappop, heappush
 
-from millrace.core.replay.draws import LIVE, OPEN, Batch, Commit, Draw, State, Worker
-from millrace.core.replay.journal import Location
+from millrace.core.replay.draws import LIVE, OPEN, Batch, Commit, Death, Draw, State, Worker
+from millrace.core.replay.journal import Outcome
 from millrace.core.replay.leases import Leases
 from millrace.core.replay.versions import Versions, possible
 from millrace.core.replay.waste import IN_FLIGHT, QUEUED, Books
@@ -49,7 +49,9 @@ class DrawTable:
     books: Books = field(default_factory=Books)
     lags: dict[int, int] = field(default_factory=dict)  # lag of the oldest token -> trained rollouts
     inserts: int = 0  # groups ever scored
-    released: list[Location] = field(default_factory=list, compare=False)  # payloads nobody needs any more
+    quarantined: list[Death] = field(default_factory=list)  # oldest first
+    lengths: dict[int, list[int]] = field(default_factory=dict)  # tokens of a rollout -> how many ended, trained
+    released: list[Outcome] = field(default_factory=list, compare=False)  # groups whose payload nobody needs any more
 
     @property
     def live(self) -> int:
@@ -90,6 +92,16 @@ class DrawTable:
         elif state is State.WAITING:
             heappush(self.waiting, draw.index)
 
+    def _unwait(self, index: int) -> Draw:
+        """Take a draw off the waiting ones; nearly always it is the first."""
+        if self.waiting[0] == index:
+            heappop(self.waiting)
+        else:
+            self.waiting.remove(index)
+            heapify(self.waiting)
+        self.counts[State.WAITING] -= 1
+        return self.draws[index]
+
     def _move(self, draw: Draw, state: State) -> None:
         self._leave(draw)
         self._enter(draw, state)
@@ -106,16 +118,25 @@ class DrawTable:
         self.books.add(row, draw.tokens)
         if leased:  # its engine may go on until it is told; what it reports later goes to the same row
             self.books.meters[draw.epoch].fenced[draw.index, draw.attempt] = (row, draw.tokens)
-        self._release(draw)
+        self._release(draw, row)
         draw.tokens = 0
         self._enter(draw, state)
         if state is not State.WAITING:
             del self.draws[draw.index]
 
-    def _release(self, draw: Draw) -> None:
+    def _release(self, draw: Draw, row: str = "") -> None:
+        """Its payload goes; its fate is its state, or the row that its tokens are booked under."""
         if draw.location is not None:
-            self.released.append(draw.location)
+            self.released.append(self.outcome(draw, row))
+            add_lengths(self.lengths, draw)
             draw.location = None
+
+    def outcome(self, draw: Draw, row: str = "") -> Outcome:
+        """What is known of a group that has a payload."""
+        assert draw.location is not None, f"draw {draw.index} has no payload"
+        state, _, rule = row.partition(":") if row else (draw.state.value, "", draw.rule)
+        facts = (tuple(draw.steps), rule, draw.verdicts, tuple(draw.lags if draw.steps else ()))
+        return Outcome(draw.location, draw.index, draw.attempt, state, *facts)
 
     # -- further uses
 
@@ -153,6 +174,15 @@ class DrawTable:
 
     def _drawn(self, steps: Iterable[int]) -> list[Draw]:
         return [self.draws[entry.draw] for step in list(steps) for entry in self.batches[step].entries]
+
+
+def add_lengths(lengths: dict[int, list[int]], draw: Draw) -> None:
+    """Count a group's rollouts by their length: all, and those that were trained."""
+    trained = draw.state in (State.TRAINED, State.COMMITTED)
+    for runs in draw.runs:
+        counts = lengths.setdefault(sum(end - start for _, start, end in runs), [0, 0])
+        counts[0] += 1
+        counts[1] += trained
 
 
 def decrease(counts: dict[int, int], key: int) -> None:

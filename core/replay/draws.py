@@ -25,6 +25,13 @@ class State(StrEnum):
 OPEN = frozenset({State.LEASED, State.GENERATED, State.JUDGING, State.SCORED})
 LIVE = OPEN | {State.IN_STEP}
 
+CRASHES = frozenset({"crashed", "hung"})  # the worker's process, not an answer of it
+JUDGE_CRASHED = "judge_crashed"
+# Causes for which the next attempt samples with other seeds: what was sampled, not a machine, may be at fault.
+ANEW = frozenset({"engine", "invalid", "judge", "judge_expired", JUDGE_CRASHED, "capped", "requeue"})
+SUSPECT = 2  # crashes from which on a worker holds a draw without others like it
+_REMEMBERED = 8  # workers that failed on a draw
+
 
 @dataclass(slots=True)
 class Draw:
@@ -34,7 +41,12 @@ class Draw:
     state: State = State.WAITING
     attempt: int = -1
     failures: int = 0  # attempts that count towards `dead`
+    crashes: int = 0  # of engines that worked on it, since it was last generated
+    judge_crashes: int = 0
     requeues: int = 0
+    variation: int = 0  # of its seeds
+    workers: list[str] = field(default_factory=list)  # that failed on it
+    traceback: str = ""  # of the last failure that left one
     # of the present attempt
     epoch: int = 0  # of the generation worker that was granted it
     min_version: int = -1
@@ -48,6 +60,7 @@ class Draw:
     shunned: str = ""  # the reward worker that failed on it
     shun_until: float = field(default=0.0, compare=False)
     steps: list[int] = field(default_factory=list)  # whose recorded batches hold it, one per use, ascending
+    lags: list[int] = field(default_factory=list)  # per rollout, in the first of these steps
     rule: str = ""  # that filtered it
 
     def begin(self, attempt: int, epoch: int, version: int) -> None:
@@ -55,7 +68,42 @@ class Draw:
         self.attempt, self.epoch, self.min_version = attempt, epoch, version
         self.tokens, self.runs, self.location, self.verdicts = 0, [], None, None
         self.judge_failures = self.judge_expiries = 0
-        self.shunned, self.steps, self.rule = "", [], ""
+        self.shunned, self.steps, self.lags, self.rule = "", [], [], ""
+
+    @property
+    def suspect(self) -> bool:
+        """It, or one of its neighbours, crashes engines."""
+        return self.crashes >= SUSPECT
+
+    @property
+    def judge_suspect(self) -> bool:
+        """It, or one of its neighbours, crashes judges."""
+        return self.judge_crashes >= SUSPECT
+
+    def blame(self, cause: str, worker: str, traceback: str) -> None:
+        """Somebody failed on it."""
+        self.crashes += cause in CRASHES
+        self.judge_crashes += cause == JUDGE_CRASHED
+        self.workers = [*self.workers, worker][-_REMEMBERED:]
+        self.traceback = traceback or self.traceback
+
+    def times(self, cause: str) -> int:
+        """How often it failed for causes of this kind."""
+        if cause in CRASHES:
+            return self.crashes
+        return self.judge_crashes if cause == JUDGE_CRASHED else self.failures
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What is remembered of a dead draw."""
+
+    draw: int
+    attempt: int
+    cause: str
+    times: int
+    traceback: str
+    workers: tuple[str, ...]
 
 
 @dataclass(slots=True)

@@ -4,17 +4,73 @@ A *record* is plain data (str, int, float, bool, None, lists and dicts with str 
 table or a line of JSON. Applying a journal's records to a fresh ledger, in order, reproduces the ledger.
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+from pydantic import Field
+
+from millrace.core.config import Config
 
 Record = dict[str, Any]
-Location = tuple[int, int]  # (segment, row in it)
+Location = tuple[int, int]  # (pack, row in it)
+
+
+class JournalConfig(Config):
+    """What of a run outlives its processes."""
+
+    on_disk: bool = True
+    """Keep the ledger and the rollouts in the run directory. Without it a killed queue loses the run's present."""
+
+    keep_rollouts: Literal["all", "needed", "sample"] = "all"
+    """Payloads that stay on disk: all; only those a kept checkpoint may still redo; or of these and every k-th draw."""
+
+    sample_every: int = Field(default=16, ge=1)
+    """k of `keep_rollouts = "sample"`."""
+
+    segment_bytes: int = Field(default=64 << 20, ge=1 << 12)
+    """Size at which a file of rollouts is closed and the next begun."""
+
+    fsync_s: float = Field(default=0.1, gt=0)
+    """What a loss of power may cost, at most. A killed process costs nothing that was accepted."""
+
+    cache_bytes: int = Field(default=256 << 20, ge=0)
+    """Payloads held in memory, so that a batch is not read from disk again."""
+
+
+class Outcome(NamedTuple):
+    """What became of one group, when nobody needs its payload any more."""
+
+    location: Location
+    draw: int
+    attempt: int
+    state: str  # committed | filtered | stale | failed; of a live group the state it is in
+    steps: tuple[int, ...]  # that trained it
+    rule: str  # that filtered or aged it, or the cause of its failure
+    verdicts: Sequence[Sequence[Any]] | None  # per rollout (kind, score, components, feedback)
+    lags: tuple[int, ...]  # per rollout, in the first of `steps`
 
 
 class Journal(Protocol):
     """Payloads first, then the record that names their locations, then `flush`."""
+
+    damage: list[str]  # what was found missing or broken, a line each
+
+    @property
+    def behind(self) -> int:
+        """Records since the last image."""
+        ...
+
+    def compact(self, image: Record) -> None:
+        """Replace all records by one that stands for them all. Whole or not at all after a crash."""
+        ...
+
+    def export(self, live: Sequence[Outcome]) -> int:
+        """Write the rollouts as a table, `live` being the groups whose fate is not final. Returns its rows."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is written; another process may open it."""
+        ...
 
     def append(self, record: Record) -> None:
         """Add one record; it is whole or absent after a crash."""
@@ -36,8 +92,8 @@ class Journal(Protocol):
         """Whether the row is there: it was stored, survived, and was not forgotten."""
         ...
 
-    def forget(self, location: Location) -> None:
-        """The row is needed no more. Repeating it does no harm."""
+    def forget(self, outcome: Outcome) -> None:
+        """The group's payload is needed no more. Repeating it does no harm."""
         ...
 
     def flush(self) -> None:
@@ -52,7 +108,9 @@ class MemoryJournal:
     >>> first, second = journal.store(b"pack", [0, 2])
     >>> journal.load(second)
     (b'pack', 2)
-    >>> journal.forget(first); journal.forget(second); journal.bytes
+    >>> for location in (first, second):
+    ...     journal.forget(Outcome(location, 0, 0, "committed", (0,), "", None, ()))
+    >>> journal.bytes
     0
     """
 
@@ -62,6 +120,22 @@ class MemoryJournal:
         self._packs: dict[int, bytes] = {}
         self._rows: dict[int, set[int]] = {}
         self._segments = 0
+        self.damage: list[str] = []
+
+    @property
+    def behind(self) -> int:
+        return len(self._records)
+
+    def compact(self, image: Record) -> None:
+        if self._keep:
+            self._records = [image]
+
+    def export(self, live: Sequence[Outcome]) -> int:
+        """There is no place for a table."""
+        return 0
+
+    def close(self) -> None:
+        """There is nothing to close."""
 
     def append(self, record: Record) -> None:
         if self._keep:
@@ -86,8 +160,8 @@ class MemoryJournal:
         segment, row = location
         return row in self._rows.get(segment, ())
 
-    def forget(self, location: Location) -> None:
-        segment, row = location
+    def forget(self, outcome: Outcome) -> None:
+        segment, row = outcome.location
         rows = self._rows.get(segment)
         if rows is None:
             return
@@ -102,35 +176,3 @@ class MemoryJournal:
     def bytes(self) -> int:
         """Of the packs it still holds."""
         return sum(len(pack) for pack in self._packs.values())
-
-
-class LineJournal(MemoryJournal):
-    """Records in a file, a line of JSON each; payloads in memory.
-
-    After a crash the ledger knows every draw again. Groups that were not committed have lost their payload and are
-    drawn again. A line that a crash tore is left out, and written over.
-
-    Every record is handed to the system as it is appended. What a journal kept for later, it could write when it is
-    thrown away: into the file of the next journal, where a run is resumed in the process in which it was ended.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Args: path of the file. It is opened by `records`: until then the journal can go to another process."""
-        super().__init__()
-        self._path = Path(path)
-        self._file: BinaryIO | None = None
-
-    def append(self, record: Record) -> None:
-        assert self._file is not None, "records() is read before anything is appended"
-        self._file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
-
-    def records(self) -> Iterator[Record]:
-        whole = self._path.read_bytes().rpartition(b"\n")[:2] if self._path.exists() else (b"", b"")
-        size = sum(map(len, whole))
-        self._file = self._path.open("r+b" if self._path.exists() else "w+b")
-        self._file.truncate(size)
-        self._file.seek(size)
-        # Every segment of an earlier life has a record longer than one byte, so no number is given out twice.
-        self._segments = size
-        return map(json.loads, whole[0].splitlines())

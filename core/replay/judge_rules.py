@@ -19,16 +19,22 @@ class JudgeRules(Transaction):
             held = self.state.judgings.holder
             return [group for group in ids(entry.answers[request]) if held(*group, epoch)]
         rows: list[list[int]] = []
+        suspect = self._holds_suspect(epoch)
         for index in self.state.generated:
             if len(rows) >= want:
                 break
             draw = self.state.draws[index]
-            if not self._shunned(draw, worker):
+            if not self._shunned(draw, worker) and not (suspect and draw.judge_suspect):
                 rows.append([index, draw.attempt])
+                suspect = suspect or draw.judge_suspect
         if rows:
             durations = {"lease_s": self.config.judge_lease_s, "cap_s": self.config.judge_cap_s}
             self.do("judging", worker=worker, epoch=epoch, request=request, rows=rows, **durations)
         return ids((draw, attempt) for draw, attempt in rows)
+
+    def _holds_suspect(self, epoch: int) -> bool:
+        """One is enough: whose judge crashes next is then known."""
+        return any(self.state.draws[hold.draw].judge_suspect for hold in self.state.judgings.of(epoch))
 
     def _shunned(self, draw: Draw, worker: str) -> bool:
         """A failed judge is asked again only if nobody else answers for the length of a lease."""
@@ -41,6 +47,7 @@ class JudgeRules(Transaction):
         """Score the groups this incarnation was leased; each once."""
         self.current(worker, epoch, Role.REWARD)
         receipts, scored, failed = [], [], []
+        tracebacks: dict[int, str] = {}
         seen: set[GroupId] = set()
         for verdict in verdicts:
             hold = self.state.judgings.holder(*verdict.id, epoch)
@@ -57,9 +64,10 @@ class JudgeRules(Transaction):
                 self.give_back([draw], "failed")
             elif reason or self._valid(verdict) < min(2, self.config.group_size):
                 failed.append((draw, draw.tokens))
+                tracebacks[draw.index] = reason or self._why_broken(verdict)
             else:
                 scored.append([*verdict.id, [plain(one) for one in verdict.verdicts]])
-        self.fail(failed, "judge")
+        self.fail(failed, "judge", tracebacks=tracebacks)
         if scored:
             self.do("scored", rows=scored)
         return receipts
@@ -75,6 +83,11 @@ class JudgeRules(Transaction):
     def _judge_failures(self, verdict: GroupVerdict) -> int:
         return sum(one.kind is VerdictKind.JUDGE_FAILED for one in verdict.verdicts)
 
+    def _why_broken(self, verdict: GroupVerdict) -> str:
+        """The first failed judge's words."""
+        said = (one.feedback for one in verdict.verdicts if one.kind is VerdictKind.JUDGE_FAILED)
+        return next(filter(None, said), "")
+
     def _valid(self, verdict: GroupVerdict) -> int:
         """Rollouts with a score. Advantages need two, except in groups of one."""
         return len(verdict.verdicts) - self._judge_failures(verdict)
@@ -88,7 +101,11 @@ class JudgeRules(Transaction):
     def why_no_group(self) -> str:
         """What a reward worker waits for."""
         counts = self.state.counts
-        return f"no generated group: {counts[State.LEASED]} are being generated, {counts[State.JUDGING]} judged"
+        text = f"no generated group: {counts[State.LEASED]} are being generated, {counts[State.JUDGING]} judged"
+        kept = [index for index in self.state.generated if self.state.draws[index].judge_suspect]
+        if kept:
+            text += f"; draw {kept[0]}, whose judges crashed, waits until the suspect in hand is done"
+        return text
 
 
 def plain(verdict: Verdict) -> list[object]:

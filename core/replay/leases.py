@@ -22,6 +22,7 @@ class Hold:
     cap_s: float  # in all
     progress: int = 0  # tokens, or verdicts
     granted_at: float = field(default=0.0, compare=False)
+    seen_at: float = field(default=0.0, compare=False)  # its last progress, or when it was granted
     deadline: float = field(default=0.0, compare=False)
     queued: float = field(default=0.0, compare=False)  # the earliest deadline under which it stands in the heap
 
@@ -41,7 +42,7 @@ class Leases:
     )  # (deadline, draw, attempt), some old
 
     def grant(self, hold: Hold, now: float) -> None:
-        hold.granted_at = now
+        hold.granted_at = hold.seen_at = now
         hold.deadline = hold.queued = now + min(hold.start_s, hold.cap_s)
         self.held[hold.draw] = hold
         self.by_epoch.setdefault(hold.epoch, {})[hold.draw] = None
@@ -51,7 +52,7 @@ class Leases:
         """More tokens than before renew the lease; a heartbeat alone does not."""
         if progress <= hold.progress:
             return
-        hold.progress = progress
+        hold.progress, hold.seen_at = progress, now
         hold.deadline = min(now + hold.lease_s, hold.granted_at + hold.cap_s)
         if hold.deadline < hold.queued:
             hold.queued = hold.deadline
@@ -102,7 +103,7 @@ class Leases:
     def restart(self, now: float) -> None:
         """One full grace for everyone, after the ledger was rebuilt from its journal."""
         for hold in self.held.values():
-            hold.granted_at = now
+            hold.granted_at = hold.seen_at = now
             hold.deadline = hold.queued = now + min(max(hold.start_s, hold.lease_s), hold.cap_s)
         self.heap = [(hold.deadline, hold.draw, hold.attempt) for hold in self.held.values()]
         heapify(self.heap)

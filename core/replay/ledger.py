@@ -18,16 +18,20 @@ from millrace.core.replay.step_rules import StepRules
 class Ledger(DrawRules, JudgeRules, StepRules):
     """Who may do what, and what follows. Each method checks, makes one record per change, and applies it."""
 
-    def status(self, *, idle: Mapping[str, str], calls: Mapping[str, int]) -> QueueStatus:
-        """A consistent picture; `idle` and `calls` are the queue's own."""
+    def status(self, *, idle: Mapping[str, str], causes: Mapping[str, str], calls: Mapping[str, int]) -> QueueStatus:
+        """A consistent picture; `idle`, `causes` and `calls` are the queue's own."""
         state = self.state
         return QueueStatus(
             step=state.step,
             committed_step=state.commits[-1].step,
+            checkpoint=state.commits[-1].directory,
             newest_version=state.versions.newest,
             states={name.value: count for name, count in state.counts.items()},
             tokens=state.books.table(),
             lag_histogram=dict(sorted(state.lags.items())),
             idle=dict(idle),
             calls=dict(calls),
+            idle_causes=dict(causes),
+            quarantined=len(state.quarantined),
+            commits=[commit.step for commit in state.commits],
         )

@@ -7,53 +7,40 @@ Unblocked by: a step, newer weights or an ended lease; a put; a verdict.
 
 import asyncio
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from millrace.core import schema
+from millrace.core.errors import JournalError, PayloadError
 from millrace.core.protocols import (
     Clock,
     Feedback,
     Grant,
     Orders,
     PromptSource,
+    Quarantined,
     QueueStatus,
     Receipt,
     Resumption,
     Role,
     Taken,
 )
+from millrace.core.replay import quarantine
 from millrace.core.replay.config import QueueConfig
+from millrace.core.replay.draw_table import add_lengths
 from millrace.core.replay.draws import Entry
+from millrace.core.replay.image import image
 from millrace.core.replay.journal import Journal, Location, MemoryJournal
 from millrace.core.replay.ledger import Ledger
+from millrace.core.replay.stall import Scene, report
+from millrace.core.replay.waiters import Answers, IdleClock, Waiters
 from millrace.core.types import GroupId, GroupVerdict, Lease, WorkerId, seed_of
 
 Answer = TypeVar("Answer")
 
-_REMEMBERED = 16  # answers per worker; a worker has no more calls in flight than that
-
-
-class Waiters:
-    """Callers that wait for one kind of change."""
-
-    def __init__(self) -> None:
-        self._futures: set[asyncio.Future[None]] = set()
-
-    def wake(self) -> None:
-        for future in self._futures:
-            if not future.done():
-                future.set_result(None)
-
-    async def wait(self, timeout_s: float) -> None:
-        """Return at the next `wake`, or after the timeout."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._futures.add(future)
-        try:
-            await asyncio.wait([future], timeout=timeout_s)
-        finally:
-            self._futures.discard(future)
+_BEHIND = 4096  # records that a restart reads again without being slow
 
 
 class ReplayQueue:
@@ -78,9 +65,14 @@ class ReplayQueue:
         self._ledger.recover(self._journal.holds)
         self._draws, self._groups, self._batches = Waiters(), Waiters(), Waiters()
         self._idle: dict[str, str] = {}
+        self._causes: dict[str, str] = {}
+        self._waits = IdleClock()
+        self._learner_called, self._learner_at = "", clock()
         self._calls: Counter[str] = Counter()
-        self._answers: dict[str, OrderedDict[str, Sequence[Receipt]]] = {}
+        self._answers = Answers()
         self._stopped = False
+        self._changed()
+        self._compact()
 
     # -- workers
 
@@ -88,16 +80,38 @@ class ReplayQueue:
         """Enter or re-enter; `generated` is what the engine's counter shows already."""
         self._begin("join")
         epoch = self._ledger.join(worker, role=role, slots=slots, generated=generated)
-        self._answers.pop(worker, None)
+        self._answers.forget(worker)
         self._changed(self._draws, self._groups)
         return epoch
 
     async def leave(self, worker: WorkerId, *, epoch: int, generated: int, abandoned: Mapping[GroupId, int]) -> None:
         self._begin("leave")
         self._ledger.leave(worker, epoch=epoch, generated=generated, abandoned=abandoned)
-        self._idle.pop(worker, None)
-        self._answers.pop(worker, None)
-        self._changed(self._draws, self._groups)
+        self._forget(worker)
+
+    async def fence(self, worker: WorkerId, *, cause: str, traceback: str = "") -> Sequence[GroupId]:
+        """Its process is gone; what it worked on goes to others at once."""
+        self._begin("fence")
+        held = self._ledger.fence(worker, cause=cause, traceback=traceback)
+        self._forget(worker)
+        return held
+
+    def _forget(self, worker: str) -> None:
+        self._waits_for(worker, "", "")
+        self._answers.forget(worker)
+        self._changed(self._draws, self._groups, self._batches)
+
+    def _waits_for(self, worker: str, reason: str, cause: str) -> None:
+        """What a worker waits for, in words and as one of IDLE; "" for nothing."""
+        for table, value in ((self._idle, reason), (self._causes, cause)):
+            table.pop(worker, None)
+            if value:
+                table[worker] = value
+        self._look()
+
+    def _look(self) -> None:  # what a waiting take lacks may be another thing now
+        if self._waits.cause:
+            self._waits.look(self._ledger.waits_for(self._waits.key[1], self._causes), self._clock())
 
     async def heartbeat(
         self, worker: WorkerId, *, epoch: int, progress: Mapping[GroupId, int], generated: int
@@ -114,22 +128,22 @@ class ReplayQueue:
         def attempt() -> Grant | None:
             ledger = self._ledger
             known = ledger.current(worker, epoch, Role.GENERATION).answers
+            self._check_budget()
             repeat = request in known
-            granted = [] if self._stopped and not repeat else self._lease(worker, epoch, version, want, request)
+            granted: list[GroupId] = []
+            if repeat or not self._stopped:
+                granted = ledger.lease_draws(worker, epoch=epoch, version=version, want=want, request=request)
+                self._changed()
             short = (len(known[request]) if repeat else want) - len(granted)
-            reason = ledger.why_idle(version, short) if short > 0 and not self._over and not repeat else ""
-            self._idle[worker] = reason
+            reason = ledger.why_idle(version, short, epoch) if short > 0 and not self._over and not repeat else ""
             hears_nothing_new = ledger.state.versions.newest <= version
+            behind = version < 0 or not hears_nothing_new
+            self._waits_for(worker, reason, ("weights" if behind else "scheduler") if reason else "")
             if not granted and not repeat and not self._over and want > 0 and hears_nothing_new:
                 return None
             return self._grant(granted, reason)
 
-        return await self._until(self._draws, attempt, wait_s) or self._grant([], self._idle[worker])
-
-    def _lease(self, worker: str, epoch: int, version: int, want: int, request: str) -> list[GroupId]:
-        granted = self._ledger.lease_draws(worker, epoch=epoch, version=version, want=want, request=request)
-        self._changed()
-        return granted
+        return await self._until(self._draws, attempt, wait_s) or self._grant([], self._idle.get(worker, ""))
 
     def _grant(self, granted: Sequence[GroupId], reason: str) -> Grant:
         leases = [self._lease_of(group) for group in granted]
@@ -143,7 +157,7 @@ class ReplayQueue:
             id=group,
             prompt=self._source.draw(group.draw),
             n=n,
-            seeds=tuple(seed_of(self._seed, group.draw, group.attempt, member) for member in range(n)),
+            seeds=tuple(seed_of(self._seed, group.draw, draw.variation, member) for member in range(n)),
             min_version=draw.min_version,
             epoch=draw.epoch,
         )
@@ -158,9 +172,15 @@ class ReplayQueue:
             headers = schema.headers(pack)
             return self._ledger.put_groups(worker, epoch=epoch, headers=headers, store=store)
 
-        receipts = self._once(worker, epoch, request, put)
-        self._changed(self._groups, self._draws)
+        receipts = self._answers.once(worker, epoch, request, put)
+        self._changed(self._groups, self._draws, self._batches)
         return receipts
+
+    async def fail_groups(self, worker: WorkerId, *, epoch: int, failures: Mapping[GroupId, str], request: str) -> None:
+        """The engine failed on these. A repetition finds none of them leased and does nothing."""
+        self._begin("fail_groups")
+        self._ledger.fail_groups(worker, epoch=epoch, failures=failures)
+        self._changed(self._draws, self._batches)
 
     async def lease_groups(self, worker: WorkerId, *, epoch: int, want: int, request: str, wait_s: float) -> bytes:
         self._begin("lease_groups")
@@ -169,7 +189,7 @@ class ReplayQueue:
             ledger = self._ledger
             repeat = request in ledger.current(worker, epoch, Role.REWARD).answers
             groups = ledger.lease_groups(worker, epoch=epoch, want=want, request=request)
-            self._idle[worker] = "" if groups else ledger.why_no_group()
+            self._waits_for(worker, "" if groups else ledger.why_no_group(), "" if groups else "data")
             if not groups:
                 return b"" if repeat else None
             self._changed()
@@ -185,30 +205,34 @@ class ReplayQueue:
         def put() -> list[Receipt]:
             return self._ledger.put_verdicts(worker, epoch=epoch, verdicts=verdicts)
 
-        receipts = self._once(worker, epoch, request, put)
+        receipts = self._answers.once(worker, epoch, request, put)
         self._changed(self._batches, self._groups, self._draws)
         return receipts
 
     # -- the learner
 
     async def join_learner(self) -> Resumption:
-        self._begin("join_learner")
+        self._begin_learner("join_learner")
         resumption = self._ledger.join_learner()
         self._changed(self._draws, self._batches)
         return resumption
 
     async def take(self, *, step: int, epoch: int, wait_s: float) -> Taken | None:
-        self._begin("take")
+        self._begin_learner("take")
+        key = (epoch, step)
 
         def attempt() -> Taken | None:
+            self._check_budget()
             entries = self._ledger.take(step=step, epoch=epoch)
             self._changed()
-            self._idle["learner"] = "" if entries is not None else self._ledger.why_no_batch(step)
-            return None if entries is None else self._taken(step, entries)
+            missing = entries is None
+            self._waits.waits(key, self._ledger.waits_for(step, self._causes) if missing else "", self._clock())
+            self._waits_for("learner", self._ledger.why_no_batch(step) if missing else "", "")
+            return None if entries is None else self._taken(step, entries, self._waits.of(key))
 
         return await self._until(self._batches, attempt, wait_s)
 
-    def _taken(self, step: int, entries: Sequence[Entry]) -> Taken:
+    def _taken(self, step: int, entries: Sequence[Entry], idle_s: Mapping[str, float]) -> Taken:
         return Taken(
             step=step,
             pack=self._pack(entry.draw for entry in entries),
@@ -216,28 +240,30 @@ class ReplayQueue:
             lag=[tuple(entry.lags) for entry in entries],
             masked=self._ledger.masks,
             uses=[self._ledger.use(entry.draw, step) for entry in entries],
+            idle_s=idle_s,
         )
 
     async def filtered(self, *, step: int, epoch: int, groups: Mapping[GroupId, str]) -> None:
-        self._begin("filtered")
+        self._begin_learner("filtered")
         self._ledger.filtered(step=step, epoch=epoch, groups=groups)
         self._changed(self._draws, self._batches)
 
     async def trained(self, *, step: int, epoch: int, feedback: Feedback) -> int:
-        self._begin("trained")
+        self._begin_learner("trained")
         version = self._ledger.trained(step=step, epoch=epoch, feedback=feedback)
         self._changed(self._draws, self._groups)
         return version
 
     async def announce(self, *, version: int, epoch: int) -> None:
-        self._begin("announce")
+        self._begin_learner("announce")
         self._ledger.announce(version=version, epoch=epoch)
         self._changed(self._draws)
 
     async def commit(self, *, step: int, directory: str, digest: str, epoch: int) -> None:
-        self._begin("commit")
+        self._begin_learner("commit")
         self._ledger.commit(step=step, directory=directory, digest=digest, epoch=epoch)
         self._changed()
+        self._compact()
 
     async def revert(self, *, step: int) -> None:
         """Fall back to an older commit, when the last one cannot be read. A learner joins afterwards."""
@@ -254,12 +280,60 @@ class ReplayQueue:
 
     async def status(self) -> QueueStatus:
         self._begin("status")
-        idle = {worker: reason for worker, reason in self._idle.items() if reason}
-        return self._ledger.status(idle=idle, calls=self._calls)
+        causes = self._causes | ({"learner": self._waits.cause} if self._waits.cause else {})
+        return self._ledger.status(idle=self._idle, causes=causes, calls=self._calls)
+
+    async def quarantined(self, *, after: int) -> Sequence[Quarantined]:
+        """All draws that died, oldest first, without the first `after`."""
+        self._begin("quarantined")
+        return quarantine.told(self._ledger.state.quarantined[after:], self._source)
+
+    async def stalled(self) -> str:
+        """What everything waits for, in a few lines."""
+        self._begin("stalled")
+        scene = Scene(
+            prompt=lambda draw: self._source.draw(draw).id,
+            idle=self._idle,
+            causes=self._causes,
+            learner="waits" if self._waits.cause else self._learner_called,
+            learner_s=self._clock() - self._learner_at,
+        )
+        return report(self._ledger, scene)
+
+    def _check_budget(self) -> None:
+        """Raises DataBudgetError when too many prompts have failed for the run to go on."""
+        deaths = self._ledger.state.quarantined
+        if len(deaths) >= self._config.max_dead and not self._over:
+            raise quarantine.spent(deaths, self._source, most=self._config.max_dead)
 
     @property
     def _over(self) -> bool:
         return self._stopped or self._ledger.finished
+
+    async def lengths(self) -> Mapping[int, Sequence[int]]:
+        """Tokens of a rollout -> how many that long were generated, and how many of these trained."""
+        state = self._ledger.state
+        lengths = {tokens: [*counts] for tokens, counts in state.lengths.items()}
+        for draw in state.draws.values():
+            if draw.location is not None:
+                add_lengths(lengths, draw)
+        return lengths
+
+    async def damage(self) -> Sequence[str]:
+        """What the journal found missing or broken, a line each."""
+        return list(self._journal.damage)
+
+    async def export(self) -> int:
+        """Write every rollout that is kept as a row of `rollouts.parquet`. Returns the number of rows."""
+        self._changed()
+        state = self._ledger.state
+        live = [state.outcome(draw) for draw in state.draws.values() if draw.location is not None]
+        return await asyncio.to_thread(self._journal.export, live)
+
+    async def close(self) -> None:
+        """The last call: the journal's files are whole, and another process may open them."""
+        self._changed()
+        self._journal.close()
 
     # -- how calls wait, repeat and end
 
@@ -267,17 +341,23 @@ class ReplayQueue:
         self._calls[method] += 1
         self._expire()
 
+    def _begin_learner(self, method: str) -> None:
+        """A call of the learner's."""
+        self._learner_called, self._learner_at = method, self._clock()
+        self._begin(method)
+
     def _expire(self) -> None:
         if self._ledger.expire():
             self._changed(self._draws, self._groups, self._batches)
 
     def _changed(self, *waiters: Waiters) -> None:
-        """Make it durable, free what nobody needs, wake who may go on."""
-        self._journal.flush()
+        """Make it durable, with the facts of what nobody needs any more; wake who may go on."""
         released = self._ledger.state.released
-        for location in released:
-            self._journal.forget(location)
+        for outcome in released:
+            self._journal.forget(outcome)
         released.clear()
+        self._journal.flush()
+        self._look()
         for waiting in waiters:
             waiting.wake()
 
@@ -285,7 +365,7 @@ class ReplayQueue:
         """Try now and after every change, until it answers or the deadline passes."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
-        while (answer := attempt()) is None:
+        while (answer := self._healed(attempt)) is None:
             left = deadline - loop.time()
             if left <= 0:
                 return None
@@ -296,15 +376,20 @@ class ReplayQueue:
             self._expire()
         return answer
 
-    def _once(self, worker: str, epoch: int, request: str, put: Callable[[], Sequence[Receipt]]) -> Sequence[Receipt]:
-        """The answer to a request; a repetition gets the same one."""
-        known = self._answers.setdefault(worker, OrderedDict())
-        key = f"{epoch}/{request}"
-        if key not in known:
-            known[key] = put()
-            if len(known) > _REMEMBERED:
-                known.popitem(last=False)
-        return known[key]
+    def _healed(self, attempt: Callable[[], Answer | None]) -> Answer | None:
+        """A group whose payload cannot be read any more is drawn again, and the attempt made without it."""
+        try:
+            return attempt()
+        except PayloadError:
+            self._ledger.recover(self._journal.holds)
+            self._changed(self._draws, self._groups, self._batches)
+            return attempt()
+
+    def _compact(self) -> None:
+        """The records of a past that nobody asks for any more become one."""
+        if self._journal.behind > _BEHIND:
+            with suppress(JournalError):  # they stay, and the next commit tries again; a flush says what is wrong
+                self._journal.compact(image(self._ledger.state))
 
     def _pack(self, draws: Iterable[int]) -> bytes:
         rows = []

@@ -6,10 +6,23 @@ out deadlines, which are counted from when this process learnt of a lease.
 """
 
 from dataclasses import dataclass
-from heapq import heappop
 
 from millrace.core.replay.draw_table import DrawTable, decrease
-from millrace.core.replay.draws import LIVE, OPEN, Batch, Commit, Draw, Entry, State, Worker
+from millrace.core.replay.draws import (
+    ANEW,
+    CRASHES,
+    JUDGE_CRASHED,
+    LIVE,
+    OPEN,
+    Batch,
+    Commit,
+    Death,
+    Draw,
+    Entry,
+    State,
+    Worker,
+)
+from millrace.core.replay.image import restore
 from millrace.core.replay.journal import Record
 from millrace.core.replay.leases import Hold
 from millrace.core.replay.waste import IN_FLIGHT, MASKED, REUSED, TRAINED, Meter
@@ -23,6 +36,10 @@ class LedgerState(DrawTable):
         """Make one record's change. `now` starts the clocks of the leases in it."""
         getattr(self, f"_{record['op']}")(record, now)
 
+    def _image(self, record: Record, now: float) -> None:
+        """What all records before it led to."""
+        restore(self, record)
+
     # -- workers
 
     def _joined(self, record: Record, now: float) -> None:
@@ -34,6 +51,10 @@ class LedgerState(DrawTable):
         del self.workers[record["worker"]]
         meter = self.books.meters[record["epoch"]]
         meter.counter, meter.final = record["generated"] - meter.base, True
+
+    def _gone(self, record: Record, now: float) -> None:
+        """Its counter stays what it last reported: what it sampled since then, nobody knows."""
+        del self.workers[record["worker"]]
 
     def _heard(self, record: Record, now: float) -> None:
         meter = self.books.meters[record["epoch"]]
@@ -72,9 +93,7 @@ class LedgerState(DrawTable):
                 self.next_draw += 1
                 draw = self.draws[index] = Draw(index)
             else:
-                draw = self.draws[heappop(self.waiting)]
-                assert draw.index == index, f"draw {index} was leased before draw {draw.index}"
-                self.counts[State.WAITING] -= 1
+                draw = self._unwait(index)
             draw.begin(attempt, record["epoch"], record["version"])
             draw.deadline = self._deadline(draw)
             self._enter(draw, State.LEASED)
@@ -88,23 +107,33 @@ class LedgerState(DrawTable):
             self._leave(draw)
             self.books.meters[draw.epoch].known += tokens - draw.tokens
             draw.tokens, draw.runs, draw.location = tokens, runs, tuple(location)
+            draw.crashes = 0
             draw.deadline = self._deadline(draw)
             self._enter(draw, State.GENERATED)
 
     def _failed(self, record: Record, now: float) -> None:
-        for index, _attempt, tokens, counted, state in record["rows"]:
+        cause = record["cause"]
+        for index, attempt, tokens, counted, state, traceback in record["rows"]:
             draw = self.draws[index]
             if draw.state is State.LEASED and tokens > draw.tokens:
                 self.books.add(IN_FLIGHT, tokens - draw.tokens)
                 self.books.meters[draw.epoch].known += tokens - draw.tokens
                 draw.tokens = tokens
             draw.failures += counted
-            self._end_attempt(draw, f"failed:{record['cause']}", State(state))
+            if counted or cause in CRASHES or cause == JUDGE_CRASHED:
+                hold = self.leases.held.get(index) or self.judgings.held[index]
+                draw.blame(cause, hold.worker, traceback)
+            draw.variation += cause in ANEW
+            if state == State.DEAD:
+                blamed = (draw.times(cause), draw.traceback, tuple(draw.workers))
+                self.quarantined.append(Death(index, attempt, cause, *blamed))
+            self._end_attempt(draw, f"failed:{cause}", State(state))
 
     def _stale(self, record: Record, now: float) -> None:
         for index, _attempt, state in record["rows"]:
             draw = self.draws[index]
             draw.requeues += state == State.WAITING
+            draw.variation += record["rule"] in ANEW
             self._end_attempt(draw, f"stale:{record['rule']}", State(state))
 
     # -- verdicts
@@ -126,6 +155,8 @@ class LedgerState(DrawTable):
                 draw.shunned, draw.shun_until = hold.worker, now + hold.lease_s
             elif record["why"] == "expired":
                 draw.judge_expiries += 1
+            elif record["why"] == "crashed":
+                draw.blame(JUDGE_CRASHED, hold.worker, record["traceback"])
             self._move(draw, State.GENERATED)
 
     def _scored(self, record: Record, now: float) -> None:
@@ -141,6 +172,7 @@ class LedgerState(DrawTable):
         batch = self.batches.setdefault(record["step"], Batch())
         for index, attempt, lags, oldest in record["rows"]:
             draw = self.draws[index]
+            draw.lags = draw.lags if draw.steps else oldest
             draw.steps.append(record["step"])
             batch.entries.append(Entry(index, attempt, lags, oldest))
             if draw.state is State.SCORED:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 
 from millrace.core.errors import LedgerError
-from millrace.core.protocols import Feedback, Resumption
+from millrace.core.protocols import Feedback, Resumption, Role
 from millrace.core.replay import selectors
 from millrace.core.replay.draws import OPEN, Batch, Commit, Draw, Entry, State
 from millrace.core.replay.journal import Location
@@ -29,6 +29,7 @@ class StepRules(Transaction):
             version=version,
             directory=commit.directory,
             digest=commit.digest,
+            earlier=[earlier.step for earlier in reversed(self.state.commits[:-1])],
         )
 
     def recover(self, holds: Callable[[Location], bool]) -> None:
@@ -158,12 +159,8 @@ class StepRules(Transaction):
             deadline, excess = found
             late = [draw for draw in state.draws.values() if draw.state in OPEN and draw.deadline <= deadline]
             late.sort(key=lambda draw: (draw.deadline, draw.state is State.SCORED, -draw.index))
-            late = late[:excess]
-            # What is still being generated is begun anew by an engine of the surviving branch.
-            self._give_up([draw for draw in late if draw.state is State.LEASED], "wait", State.WAITING)
-            self._give_up(
-                [draw for draw in late if draw.state not in (State.LEASED, State.WAITING)], "wait", State.STALE
-            )
+            # Engines of the surviving branch begin them anew, with the same seeds: no draw is lost to a restart.
+            self._give_up(late[:excess], "wait", State.WAITING)
 
     def _evict_old(self, step: int) -> None:
         """Under `drop` and `requeue` no scored group older than max_lag enters a batch."""
@@ -264,6 +261,26 @@ class StepRules(Transaction):
             raise LedgerError(f"revert(step={step}): the commits kept are those of steps {steps}")
         if step != steps[-1]:
             self.do("reverted", step=step)
+
+    def waits_for(self, step: int, causes: Mapping[str, str]) -> str:
+        """What the batch of a step lacks, one of IDLE; "" when it is there.
+
+        Args:
+            causes: worker -> what it waits for, one of IDLE.
+        """
+        state, room = self.state, self._missing(step)
+        if any(self._missing(k) for k in range(state.step, step)):
+            return "scheduler"
+        if not room:
+            return ""
+        scored = len(self._candidates(step))
+        if scored >= room:
+            return "scheduler"
+        if scored + state.counts[State.GENERATED] + state.counts[State.JUDGING] >= room:
+            return "judge"
+        engines = [name for name, entry in state.workers.items() if entry.role == Role.GENERATION.value]
+        behind = engines and all(causes.get(name) == "weights" for name in engines)
+        return "weights" if behind and not state.counts[State.LEASED] else "data"
 
     def why_no_batch(self, step: int) -> str:
         """What the learner waits for."""

@@ -1,15 +1,19 @@
 """What all rules of the ledger share: its state, its clock, and the one way to change it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from millrace.core.errors import Fenced, LedgerError
 from millrace.core.protocols import Clock, Role
 from millrace.core.replay.config import QueueConfig
-from millrace.core.replay.draws import Draw, State, Worker
+from millrace.core.replay.draws import CRASHES, JUDGE_CRASHED, Draw, State, Worker
 from millrace.core.replay.journal import Record
 from millrace.core.replay.state import LedgerState
 from millrace.core.types import GroupId
+
+TRACEBACK = 4096  # characters that are kept, from its end
+_NONE: Mapping[int, str] = MappingProxyType({})
 
 
 class Transaction:
@@ -59,20 +63,51 @@ class Transaction:
                 "this process must end without writing anything"
             )
 
-    def fail(self, draws: Iterable[tuple[Draw, int]], cause: str, *, counted: bool = True) -> None:
-        """End these attempts. A draw that failed too often is dead; another takes its place."""
+    def fail(
+        self,
+        draws: Iterable[tuple[Draw, int]],
+        cause: str,
+        *,
+        counted: bool = True,
+        tracebacks: Mapping[int, str] = _NONE,
+    ) -> None:
+        """End these attempts. A draw that failed too often is dead; another takes its place.
+
+        Args:
+            draws: with their tokens.
+            counted: towards `attempts`; a crash counts towards `crashes` instead.
+            tracebacks: by draw.
+        """
         rows = []
         for draw, tokens in draws:
-            dead = counted and draw.failures + 1 >= self.config.attempts
-            rows.append([draw.index, draw.attempt, tokens, counted, (State.DEAD if dead else State.WAITING).value])
+            state = State.DEAD if self._poison(draw, cause, counted) else State.WAITING
+            traceback = tracebacks.get(draw.index, "")[-TRACEBACK:]
+            rows.append([draw.index, draw.attempt, tokens, counted, state.value, traceback])
         if rows:
             self.do("failed", cause=cause, rows=rows)
 
-    def give_back(self, draws: Iterable[Draw], why: str) -> None:
+    def _poison(self, draw: Draw, cause: str, counted: bool) -> bool:
+        """Whether this failure is its last."""
+        if cause in CRASHES:
+            return draw.crashes + 1 >= self.config.crashes
+        if cause == JUDGE_CRASHED:
+            return draw.judge_crashes + 1 >= self.config.crashes
+        return counted and draw.failures + 1 >= self.config.attempts
+
+    def give_back(self, draws: Iterable[Draw], why: str, traceback: str = "") -> None:
         """These groups wait for another reward worker; what was generated stays."""
         rows = [[draw.index, draw.attempt] for draw in draws]
         if rows:
-            self.do("returned", why=why, rows=rows)
+            self.do("returned", why=why, rows=rows, traceback=traceback[-TRACEBACK:])
+
+    def judge_crashed(self, draws: Iterable[Draw], traceback: str) -> None:
+        """Their judge's process is gone: judged again, or dead."""
+        draws = list(draws)
+        dead = [draw for draw in draws if self._poison(draw, JUDGE_CRASHED, False)]
+        left = [draw for draw in draws if not self._poison(draw, JUDGE_CRASHED, False)]
+        notes = {draw.index: traceback for draw in dead}
+        self.fail(((draw, draw.tokens) for draw in dead), JUDGE_CRASHED, counted=False, tracebacks=notes)
+        self.give_back(left, "crashed", traceback)
 
     def expire(self) -> bool:
         """End the leases whose time has come. True if there were any."""

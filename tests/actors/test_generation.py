@@ -317,6 +317,9 @@ class Held:
     async def score(self, tokens_T: Ints) -> Any:
         raise NotImplementedError
 
+    async def watch(self) -> None:
+        await asyncio.Event().wait()
+
     async def abort(self, key: str) -> None:
         if key in self.calls and not self.calls[key].done():
             self.calls[key].set_exception(EngineError(f"sample '{key}' was aborted"))
@@ -419,7 +422,7 @@ def test_a_response_that_fails_fails_its_group_not_the_worker(tmp_path: Path) ->
 
     status = asyncio.run(scenario())
     assert status.states["dead"] == 1  # at once, not when its lease would have expired
-    assert status.tokens["failed:invalid"] == 3  # what the other responses of the group had sampled
+    assert status.tokens["failed:engine"] == 3  # what the other responses of the group had sampled
     closes(status)
 
 

@@ -349,3 +349,34 @@ def test_thousands_of_rows_stay_few_on_the_page(open_page: Any) -> None:
     driver = open_page()
     assert len(all_of(driver, "tr.row")) == 25
     assert int(driver.execute_script("return document.querySelectorAll('*').length")) < 2500
+
+
+def test_incidents_are_drawn_where_they_were_and_only_if_there_were_any(
+    open_page: Any, run: Path, tmp_path: Path
+) -> None:
+    driver = open_page()
+    assert not one(driver, "#incidents").is_displayed()
+    hostile = "<img src=x onerror='window.taken=3'>"
+    lost = [
+        {"component": "learner", "cause": "signal 9", "time": "t", "step": 3.0, "back": 6.0, "down": "2.0 s"},
+        {"component": hostile, "cause": hostile, "time": "t", "step": 12.0, "back": None, "down": "given up"},
+    ]
+    roles = [{"role": "learner", "lost": 1, "mean": "2.0 s", "most": "2.0 s"}]
+    quarantined = [{"prompt": hostile, "cause": "crashed", "times": 3, "traceback": hostile}]
+    told = {"steps": 12, "lost": lost, "roles": roles, "quarantined": quarantined}
+    path = tmp_path / "incidents.html"
+    path.write_text(page(contents(read(run)) | {"incidents": told}))
+    for width, theme in ((1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")):
+        driver = open_page(width, theme=theme, path=path)
+        assert one(driver, "#incidents").is_displayed()
+        back, given_up = (each.rect for each in all_of(driver, ".timeline rect"))
+        ruled = [each.rect["x"] for each in all_of(driver, ".timeline .rule")]
+        per_step = (ruled[-1] - ruled[0]) / 12 if width > 400 else (ruled[1] - ruled[0]) / 10
+        assert back["x"] - ruled[0] == pytest.approx(3 * per_step, abs=1.5)
+        assert back["width"] == pytest.approx(3 * per_step, abs=1.5)
+        assert given_up["width"] == pytest.approx(6, abs=1), "one that did not come back is seen all the same"
+        assert given_up["y"] != back["y"]
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert driver.execute_script("return window.taken") is None
+    assert texts(driver, "#incidents .grid td.name") == ["learner"]
+    assert any(hostile in text for text in texts(driver, "#incidents pre"))

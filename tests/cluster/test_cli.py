@@ -187,7 +187,7 @@ def test_the_second_interrupt_stops_at_once_with_status_130(
     assert ended("train", run_file) == 130
     assert job.orders == ["in order", "now"]
     said = capsys.readouterr().out
-    assert f"ending {tmp_path} at once\nstopped at once, at step 2: millrace train --resume {tmp_path}" in said
+    assert f"ending {tmp_path} at once\nstopped during step 3 without a checkpoint; nothing was committed yet" in said
 
 
 def test_a_run_that_another_stops_at_once_ends_with_status_130(
@@ -195,7 +195,8 @@ def test_a_run_that_another_stops_at_once_ends_with_status_130(
 ) -> None:
     played(monkeypatch, tmp_path, [])
     assert ended("train", run_file) == 130
-    assert f"stopped at once, at step 2: millrace train --resume {tmp_path} goes on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"nothing was committed yet; continue with `millrace train --resume {tmp_path}`" in said
 
 
 def test_an_interrupt_leaves_a_run_alone_that_one_is_attached_to(

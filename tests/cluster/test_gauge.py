@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from millrace.cluster.gauge import WINDOW_S, Gauge, mean_lag
+from millrace.cluster.gauge import WINDOW_S, Gauge, Spent, mean_lag
 from millrace.cluster.snapshot import Status
 from millrace.core.protocols import QueueStatus
 from millrace.learner.report import LearnerStatus, StepReport
@@ -32,7 +32,7 @@ def report(step: int, *, step_s: float = 2.0, wait_s: float = 0.5, lag: int = 1)
     numbers = StepNumbers(
         loss=0.1, gradient_norm=1.0, learning_rate=0.01, entropy=2.0, metrics={}, by_lag={lag: at_lag, 0: at_lag}
     )
-    facts: dict[str, Any] = dict.fromkeys(StepReport.__slots__, 0)
+    facts: dict[str, Any] = dict.fromkeys(StepReport.__slots__, 0) | {"idle_s": {}}
     return StepReport(
         **{**facts, "step": step, "numbers": numbers, "rollouts": 8, "tokens": 90, "wait_s": wait_s, "step_s": step_s}
     )
@@ -51,6 +51,7 @@ def test_rates_are_counters_over_time() -> None:
     assert found["learner"] == {"phase": "computing", "phase_s": 0.5, "wait_share": 0.5}
     assert found["eta_s"] == 18 * 4.0  # the first step also waited for the engines
     assert (found["step"], found["committed_step"], found["version"]) == (2, 1, 2)
+    assert (found["idle"]["data"], found["idle"]["other"]) == (0.0, 1.0), "no cause was told"
     Status(id="x", state="running", **found)
 
 
@@ -93,6 +94,16 @@ def test_no_time_is_no_rate() -> None:
     found = Gauge(1.0, 0, steps=2, max_lag=0).look(1.0, queue(0, 5), COMPUTING, [])
     assert set(found["rates"].values()) == {0.0}
     assert found["learner"]["wait_share"] == 0.0
+
+
+def test_what_no_cause_explains_is_other() -> None:
+    spent = Spent()
+    assert set(spent.shares.values()) == {0.0}
+    for data_s in (1.0, 3.0):
+        spent.add({"time/step_s": 10.0, "time/wait_s": 5.0, "time/compute_s": 4.0, "idle/data_s": data_s})
+    shares = spent.shares
+    assert (shares["computing"], shares["data"], shares["judge"], shares["other"]) == (0.4, 0.2, 0.0, 0.4)
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_lag_is_the_mean_over_tokens() -> None:

@@ -51,6 +51,12 @@ def test_a_run_without_a_queue_says_nothing_of_lag_and_rates() -> None:
     assert line(replace(status(), draws={}, reward=None, held_out=None)) == "step  2/12  eta 1:15"
 
 
+def test_what_should_serve_and_does_not_is_named() -> None:
+    down: Any = {"state": "restarting", "pid": 1, "node": "a", "restarts": 1, "since_s": 0.0}
+    said = line(status(components={"generation-0": {**down, "state": "serving"}, "generation-1": down}))
+    assert "  generation-1 restarting  eta" in said and "generation-0" not in said
+
+
 def test_several_engines_that_wait_are_counted() -> None:
     idle = {f"generation-{i}": "64 rollout slots stay idle: and so on" for i in range(3)}
     said = waits(status(waits=idle, learner={"phase": "waiting", "phase_s": 1.0, "wait_share": 1.7}))

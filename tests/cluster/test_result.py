@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from millrace.cluster.conclude import export
 from millrace.cluster.plan import make_plan
 from millrace.cluster.record import Recorder
 from millrace.cluster.result import packages, result, row, shares
-from millrace.cluster.run import export
 from millrace.core.protocols import QueueStatus
 from millrace.learner.report import StepReport
 from millrace.learner.step import LagNumbers, StepNumbers
@@ -44,6 +44,8 @@ def report(step: int, **changes: Any) -> StepReport:
         "checkpoint_s": 0.125,
         "other_s": 0.125,
         "step_s": 2.0,
+        "idle_s": {"data": 0.25, "judge": 0.125, "weights": 0.0, "scheduler": 0.125},
+        "weights": f"digest {step}",
     }
     return StepReport(**{**facts, **changes})
 
@@ -73,12 +75,43 @@ def test_rates_are_over_the_time_in_which_steps_were_made(make_run: Any) -> None
     assert made["lag_histogram"] == {"0": 4, "1": 20}
     assert made["gap_at_lag_0"] == 1e-7
     assert made["idle"]["learner"] == {
-        "waiting for data": 0.25,
         "computing": 0.5,
-        "publishing weights": 0.125,
-        "writing checkpoints": 0.0625,
+        "data": 0.125,
+        "judge": 0.0625,
+        "weights": 0.0,
+        "scheduler": 0.0625,
+        "publishing": 0.125,
+        "checkpoints": 0.0625,
         "other": 0.0625,
     }
+
+
+def test_a_row_has_what_was_waited_for_and_which_weights_came_of_it() -> None:
+    made = row(report(3), tokens={})
+    assert {name: made[name] for name in made if name.startswith("idle/")} == {
+        "idle/data_s": 0.25,
+        "idle/judge_s": 0.125,
+        "idle/weights_s": 0.0,
+        "idle/scheduler_s": 0.125,
+    }
+    assert made["weights"] == "digest 3"
+
+
+def test_what_was_lost_and_given_up_is_in_the_result(make_run: Any) -> None:
+    events = [
+        {"time_s": 10.0, "kind": "lost", "component": "generation-0", "cause": "signal 9"},
+        {"time_s": 12.0, "kind": "serving", "component": "generation-0", "down_s": 1.5},
+        {"time_s": 20.0, "kind": "lost", "component": "held-out", "cause": "signal 9"},
+        {"time_s": 21.0, "kind": "quarantined", "draw": 7, "attempt": 2, "prompt": "p", "traceback": "long"},
+    ]
+    made = found(make_run, [report(1)], events=events)
+    assert [(each["component"], each["cause"], each["down_s"]) for each in made["incidents"]] == [
+        ("generation-0", "signal 9", 1.5),
+        ("held-out", "signal 9", None),
+    ]
+    assert made["recovery_s"] == {"generation": [1.5]}
+    assert made["quarantined"] == [{"draw": 7, "attempt": 2, "prompt": "p"}]
+    json.dumps(made, allow_nan=False)
 
 
 def test_calls_of_a_resumed_run_are_set_against_its_own_rollouts(make_run: Any) -> None:

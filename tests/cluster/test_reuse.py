@@ -1,6 +1,5 @@
 """A whole run that trains each group in two steps, beside one that trains it in one."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 
 from millrace.cluster import jobs
+from tests.records import records
 
 STEPS, GROUPS, SIZE = 12, 16, 8
 
@@ -25,10 +25,9 @@ def ran(make_run_in: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any
     return again, train(again), train(once)
 
 
-def batches(ledger: Path) -> dict[int, list[int]]:
+def batches(directory: Path) -> dict[int, list[int]]:
     """Step -> the draws of its batch, in a run in which nothing was filtered and nothing failed."""
-    records = [json.loads(line) for line in ledger.read_text().splitlines()]
-    taken = [record for record in records if record["op"] == "took"]
+    taken = [record for record in records(directory) if record["op"] == "took"]
     return {record["step"]: [row[0] for row in record["rows"]] for record in taken}
 
 
@@ -44,7 +43,7 @@ def test_it_makes_every_step_and_learns(ran: Any) -> None:
 
 def test_no_group_is_used_too_often_or_twice_in_one_batch(ran: Any) -> None:
     config, _, _ = ran
-    taken = batches(config.directory / "ledger.jsonl")
+    taken = batches(config.directory)
     assert sorted(taken) == list(range(STEPS))
     assert all(len(set(draws)) == len(draws) == GROUPS for draws in taken.values())
     uses = Counter(draw for draws in taken.values() for draw in draws)

@@ -5,12 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from millrace.cluster import snapshot
-from millrace.cluster.snapshot import Snapshot, Status, lost
+from millrace.cluster.snapshot import ComponentNow, ComponentState, Snapshot, Status, lost
 
 FIELDS = {
     *("schema", "id", "name", "pid", "host", "state", "error", "time_s", "started_s", "step", "steps"),
     *("committed_step", "version", "reward", "held_out", "lag", "draws", "tokens", "rates", "learner", "waits"),
-    "eta_s",
+    *("components", "incidents", "incident", "idle", "quarantined", "eta_s", "note"),
 }
 
 
@@ -51,6 +51,26 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
 def test_keys_of_a_later_release_are_left_out() -> None:
     moment = Status(id="x", state="running")
     assert Status.from_json(json.dumps({**json.loads(moment.to_json()), "mood": "good"})) == moment
+
+
+def component(state: ComponentState = "serving", restarts: int = 0) -> ComponentNow:
+    return {"state": state, "pid": 4, "node": "a", "restarts": restarts, "since_s": 1.0}
+
+
+def test_what_is_down_is_told_from_what_only_starts(tmp_path: Path) -> None:
+    parts = {
+        "queue": component(),
+        "learner": component("starting"),
+        "held-out": component("left", 1),
+        "generation-0": component("restarting", 2),
+        "generation-1": component("starting", 1),
+        "reward-0": component("suspect"),
+        "reward-1": component("given up", 4),
+    }
+    status = Snapshot(tmp_path).update(components=parts, incidents=8, incident="x was lost", idle={"data": 0.5})
+    assert list(status.down) == ["generation-0", "generation-1", "reward-0", "reward-1"]
+    assert status.restarts == 8
+    assert snapshot.read(tmp_path) == status
 
 
 def test_a_lost_run_says_what_to_do() -> None:

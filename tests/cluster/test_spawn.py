@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
-from millrace.cluster.spawn import Handle, OnRay, Spawn, here
+from millrace.cluster.spawn import Gone, Handle, OnRay, Spawn, here
 from millrace.core.errors import ConfigError, Fenced, ModelError
 
 
@@ -113,6 +114,33 @@ def test_a_dead_component_is_named_with_its_cause(cluster: None) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OutOfMemoryError("2 worker(s) were killed due to low memory.\nMemory on"),
+            "out of memory: 2 ",
+        ),
+        (WorkerCrashedError(), "died unexpectedly"),
+    ],
+    ids=["out of memory", "crashed"],
+)
+def test_a_process_that_ray_or_the_system_ended_is_gone(error: Exception, reason: str) -> None:
+    """What is gone is restarted; any other error would end the run."""
+
+    class Actor:
+        class work:
+            @staticmethod
+            async def remote() -> None:
+                raise error
+
+    async def scenario() -> None:
+        await Handle(Actor(), "learner").work()
+
+    with pytest.raises(Gone, match=f"learner is gone: .*{reason}"):
+        asyncio.run(scenario())
+
+
 def test_more_gpus_than_there_are_is_refused_before_anything_starts(cluster: None) -> None:
     with pytest.raises(ConfigError, match="generation-0 asks for 2 GPUs, but the Ray cluster has 0"):
         OnRay()(Counter, 0, name="generation-0", gpus=2)

@@ -197,8 +197,30 @@ def test_states_and_trackers_are_complete() -> None:
 def test_the_run_directory_is_described_whole(workplace: Path) -> None:
     said = {name.rstrip("/") for cells in rows(DOCS / "run_directory.md") for name in ticked(cells[0])}
     there = {path.name for path in (workplace / "runs" / "run").iterdir()}
-    not_always = {"report.html", "progress.log", "driver.log", "trackers", "wandb", "stop"}
+    not_always = {"report.html", "progress.log", "driver.log", "trackers", "wandb", "stop", "ledger.sqlite-wal"}
     assert there - said == set() and said - there <= not_always
+
+
+@pytest.mark.parametrize("section", ["supervise", "journal"])
+def test_the_settings_of_reliability_are_complete_and_their_defaults_right(section: str) -> None:
+    text = (DOCS / "reliability.md").read_text()
+    table = text.split(f"| setting of `[{section}]` |")[1].split("\n\n")[0]
+    said = {}
+    for line in table.splitlines()[2:]:
+        names, defaults, _ = (cell.strip() for cell in line.strip("|").split(" | "))
+        said |= dict(zip(re.findall(r"`(\w+)`", names), defaults.split(", "), strict=True))
+    kind = RunConfig.model_fields[section].annotation
+    assert is_config(kind)
+    assert {name: shown(field.default) for name, field in kind.model_fields.items()} == said  # type: ignore[union-attr]
+
+
+def shown(default: Any) -> str:
+    """A default as the tables have it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, str):
+        return f'`"{default}"`'
+    return f"{default >> 20} MiB" if default >= 1 << 20 else f"{default:g}"
 
 
 def test_every_number_of_a_step_is_explained(workplace: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples import tiny_model
 from millrace.cluster import config, jobs
+from tests.records import records as all_records
 
 STEPS, GROUPS, SIZE, MAX_LAG = 40, 8, 4, 3
 REWARD = '''
@@ -55,10 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Any
 
 
 def records(directory: Path, op: str) -> Iterator[dict[str, Any]]:
-    for line in (directory / "ledger.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if record["op"] == op:
-            yield record
+    return (record for record in all_records(directory) if record["op"] == op)
 
 
 def test_held_out_reward_rises(finished: tuple[Mapping[str, Any], Path]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from millrace.core import schema
-from millrace.core.protocols import Feedback, Resumption, Taken
+from millrace.core.protocols import Feedback, QueueStatus, Resumption, Taken
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import views
@@ -129,6 +129,20 @@ class TableQueue:
         self.calls.append(f"commit {step}")
         assert Path(directory).is_dir()
         self.commits.append((step, directory, digest))
+
+    async def status(self) -> QueueStatus:
+        """The ledger can fall back to its last commit alone."""
+        return QueueStatus(
+            step=0,
+            committed_step=0,
+            newest_version=0,
+            states={},
+            tokens={},
+            lag_histogram={},
+            idle={},
+            calls={},
+            commits=[step for step, _, _ in self.commits[-1:]],
+        )
 
 
 CONFIG = LearnerConfig(

@@ -1,17 +1,23 @@
 """Checkpoints: complete under their name, verified when read, opened by anybody, and exact."""
 
-import json
+import errno
+import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from millrace.core.errors import TrainingError
-from millrace.learner.checkpoint import LearnerState, load, retain, save, surviving, verify
+from millrace.core.errors import CheckpointError, DiskFullError, TrainingError
+from millrace.core.failpoint import arm
+from millrace.learner.checkpoint import LearnerState, load, plain, save, verify
 from millrace.learner.config import OptimiserConfig
 from millrace.learner.model import Policy
 from millrace.learner.optimiser import Optimiser
+from tests.learner.conftest import config_of
 
 
 def trained(model, steps: int = 1) -> Optimiser:
@@ -105,21 +111,69 @@ def test_damage_is_named_before_anything_is_loaded(saved, name, damage, message)
         verify(checkpoint.directory, checkpoint.digest)
 
 
-def test_a_half_written_directory_has_another_name(tmp_path, make_model, monkeypatch):
+def test_a_checkpoint_that_a_crash_cuts_has_another_name(tmp_path, make_model):
     model = make_model("qwen2")
     optimiser = trained(model)
 
-    def full(*args, **kwargs):
-        raise OSError("no space left on device")
+    class Killed(BaseException):
+        pass
 
-    monkeypatch.setattr("millrace.learner.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
+    def kill(name: str) -> None:
+        raise Killed(name)
+
+    arm(kill)
+    try:
+        with pytest.raises(Killed, match=r"learner\.checkpoint\.write"):
+            save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
+    finally:
+        arm(None)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1.2.partial"]
-    monkeypatch.undo()
     checkpoint = save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
     verify(checkpoint.directory, checkpoint.digest)
     assert [path.name for path in tmp_path.iterdir()] == ["step_1.2"]
+
+
+def full(how: str, monkeypatch) -> None:
+    """Make a disk that is full: known before, while safetensors writes, while we write."""
+
+    def no_room(*args, **kwargs):
+        if how == "safetensors":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    match how:
+        case "before":
+            usage = shutil.disk_usage("/")._replace(free=1000)
+            monkeypatch.setattr("millrace.learner.checkpoint.shutil.disk_usage", lambda path: usage)
+        case "safetensors":
+            monkeypatch.setattr("millrace.learner.checkpoint.save_file", no_room)
+        case "json":
+            monkeypatch.setattr("millrace.learner.checkpoint._write_json", no_room)
+
+
+@pytest.mark.parametrize("how", ["before", "safetensors", "json"])
+def test_a_full_disk_leaves_nothing_of_it_and_says_how_much_is_needed(tmp_path, make_model, monkeypatch, how):
+    model = make_model("qwen2")
+    optimiser = trained(model)
+    good = save(str(tmp_path), state(), policy=Policy(model), tokenizer=None, optimiser=optimiser)
+    full(how, monkeypatch)
+    with pytest.raises(DiskFullError) as caught:
+        save(str(tmp_path), state(2), policy=Policy(model), tokenizer=None, optimiser=optimiser)
+    monkeypatch.undo()
+    needed = 3 * sum(p.nbytes for p in model.parameters()) + 2**20
+    assert re.search(rf"step_2\.2 cannot be written: it needs {needed:,} bytes, and [\d,]+ are free", str(caught.value))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1.2"]
+    verify(good.directory, good.digest)
+    written = sum(path.stat().st_size for path in Path(good.directory).rglob("*") if path.is_file())
+    assert written <= needed, "what it says it needs is enough"
+
+
+def test_a_directory_that_cannot_be_written_is_no_full_disk(tmp_path, make_model):
+    model = make_model("qwen2")
+    (tmp_path / "root").write_text("a file")
+    with pytest.raises(CheckpointError, match="cannot be written: .*make its directory writable") as caught:
+        save(str(tmp_path / "root"), state(), policy=Policy(model), tokenizer=None, optimiser=trained(model))
+    assert not isinstance(caught.value, DiskFullError)
 
 
 def test_a_memory_comes_back_in_its_order(tmp_path, make_model):
@@ -132,12 +186,18 @@ def test_a_memory_comes_back_in_its_order(tmp_path, make_model):
     assert list(found.memory["shaping"]["filters.0"]["streaks"]) == ["b", "c", "a"]
 
 
-def test_a_memory_that_json_cannot_hold_is_named(tmp_path, make_model):
-    model = make_model("qwen2")
-    with pytest.raises(
-        TrainingError, match="state.json cannot be saved: Object of type set .* must be of plain numbers"
-    ):
-        save(str(tmp_path), state(memory={"x": {1}}), policy=Policy(model), tokenizer=None, optimiser=trained(model))
+@pytest.mark.parametrize(
+    ("memory", "why"), [({"x": {1}}, "Object of type set"), ({"x": [{1: 2}]}, "the key 1 is no string")]
+)
+def test_a_memory_that_json_cannot_hold_is_named(memory, why):
+    with pytest.raises(TrainingError, match=f"memory of x cannot be saved: {why}.*must be of plain numbers"):
+        plain(memory)
+
+
+def test_a_memory_is_as_it_will_come_back():
+    """Numbers of NumPy would go on as others than they are read: in another precision, against arrays."""
+    found = plain({"x": {"mean": np.float64(0.1), "seen": (1, 2)}})
+    assert type(found["x"]["mean"]) is float and found == {"x": {"mean": 0.1, "seen": [1, 2]}}
 
 
 def test_another_model_is_refused(saved, make_model):
@@ -147,28 +207,16 @@ def test_another_model_is_refused(saved, make_model):
         load(checkpoint.directory, checkpoint.digest, policy=Policy(model), optimiser=trained(model))
 
 
-def directories(root: Path, rewards: dict[str, float]) -> list[tuple[str, float]]:
-    for name, reward in rewards.items():
-        (root / name / "learner").mkdir(parents=True)
-        (root / name / "learner" / "state.json").write_text(json.dumps({"reward": reward}))
-    return [(str(root / name), reward) for name, reward in rewards.items()]
-
-
-def test_the_last_n_and_the_best_stay(tmp_path):
-    committed = directories(tmp_path, {"step_1.1": 0.2, "step_2.1": 0.9, "step_3.1": 0.1, "step_4.1": 0.3})
-    (tmp_path / "step_9.1").mkdir()  # an orphan
-    (tmp_path / "step_5.1.partial").mkdir()
-    left = retain(str(tmp_path), committed, keep=1)
-    assert [Path(path).name for path, _ in left] == ["step_2.1", "step_4.1"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2.1", "step_4.1"]
-
-
-def test_a_resumed_run_knows_the_checkpoints_before_it(tmp_path):
-    directories(tmp_path, {"step_2.1": 0.5, "step_10.1": 0.1, "step_4.2": 0.3, "step_12.1": 0.9})
-    (tmp_path / "step_3.1.partial").mkdir()
-    found = surviving(str(tmp_path), str(tmp_path / "step_10.1"))
-    assert [(Path(path).name, reward) for path, reward in found] == [
-        ("step_2.1", 0.5),
-        ("step_4.2", 0.3),
-        ("step_10.1", 0.1),
-    ]
+@pytest.mark.parametrize("other", ["gpt2", "qwen3", "wide"])
+def test_a_model_of_another_size_or_kind_is_refused_and_is_no_damage(saved, make_model, other):
+    checkpoint, _ = saved
+    if other == "wide":
+        config = config_of("qwen2")
+        config.hidden_size = 64
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = make_model(other)
+    with pytest.raises(TrainingError, match=r"step_1\.2 does not fit the model") as caught:
+        load(checkpoint.directory, checkpoint.digest, policy=Policy(model), optimiser=trained(model))
+    assert not isinstance(caught.value, CheckpointError)
+    assert "resume with the model that the run was started with" in str(caught.value)

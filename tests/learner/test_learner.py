@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from millrace.core.errors import TrainingError
 from millrace.core.protocols import Manifest, Resumption, Taken
 from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import views
@@ -123,20 +122,6 @@ def test_status_is_answered_while_it_waits_and_while_it_computes(tmp_path, table
         return phases
 
     assert {"loading", "waiting", "computing", "publishing"} <= asyncio.run(scenario())
-
-
-def test_a_loss_that_is_not_finite_names_step_and_groups_and_changes_nothing(tmp_path, table_dir):
-    store = FileWeightStore(str(tmp_path / "weights"))
-    queue = TableQueue(store)
-    queue.poison = {9}
-    learner, queue, reports = make(tmp_path, table_dir, store=store, queue=queue)
-    with pytest.raises(
-        TrainingError, match=r"the loss is nan at step 2: .*draw 9 attempt 0 \(prompt row:0\).* not made"
-    ):
-        asyncio.run(learner.run())
-    assert len(reports) == 2 and queue.announced == [0, 1, 2]
-    published = views(asyncio.run(store.fetch(2)))["table"]
-    assert np.array_equal(learner.policy.model.table.detach().numpy(), published)
 
 
 def test_stale_tokens_are_masked_when_the_batch_says_so(tmp_path, table_dir):

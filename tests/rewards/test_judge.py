@@ -6,13 +6,14 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 from millrace.core.catalogue import Method
-from millrace.core.errors import ConfigError, DataError, RewardError
+from millrace.core.errors import ConfigError, DataError, DeadlineError, RewardError
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.rewards.config import JudgeConfig
 from millrace.rewards.judge import Judge, verifier
@@ -94,6 +95,13 @@ def test_a_truth_value_or_any_real_number_is_a_score(value: Any, score: float) -
     assert (verdict.kind, verdict.score) == (VerdictKind.SCORED, score)
 
 
+class Unreadable:
+    """What a hostile or half-made reward object may be."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no repr")
+
+
 BAD = [
     ("yes", "'yes': what it returned is a str"),
     (None, "None: what it returned is a NoneType"),
@@ -107,10 +115,29 @@ BAD = [
     ({"score": 0.5, "format": float("nan")}, "component 'format' is not finite"),
     (Verdict(kind=VerdictKind.SCORED, score=float("nan")), "the verdict's score is not finite"),
     (Verdict(kind=VerdictKind.SCORED, score=7.0), "outside [0, 1]"),
+    (float("-inf"), "-inf: what it returned is not finite"),
+    (1e30, "outside [0, 1]"),
+    (10**400, "what it returned is not finite"),
+    (10**5000, "a int that cannot be shown: what it returned is not finite"),
+    (Fraction(10**400), "what it returned is not finite"),
+    (0.5 + 0j, "what it returned is a complex"),
+    (np.complex64(1), "what it returned is a complex64"),
+    (np.float16("nan"), "what it returned is not finite"),
+    (np.float64("inf"), "what it returned is not finite"),
+    (np.array(0.5), "is a ndarray"),
+    (np.str_("1.0"), "is a str"),
+    (b"1", "is a bytes"),
+    (Unreadable(), "a Unreadable that cannot be shown"),
+    ({"score": Unreadable()}, "cannot be shown"),
+    (replace(Verdict(kind=VerdictKind.SCORED, score=0.5), components=None), "reward function mine"),  # type: ignore[arg-type]  # user code may
+    (replace(Verdict(kind=VerdictKind.SCORED, score=0.5), feedback=Unreadable()), "reward function mine"),  # type: ignore[arg-type]  # user code may
+    (Verdict(kind=VerdictKind.SCORED, score="1"), "the verdict's score is a str"),  # type: ignore[arg-type]  # user code may
 ]
 
 
-@pytest.mark.parametrize(("value", "message"), BAD, ids=[repr(value)[:40] for value, _ in BAD])
+@pytest.mark.parametrize(
+    ("value", "message"), BAD, ids=[f"{i}-{type(value).__name__}" for i, (value, _) in enumerate(BAD)]
+)
 def test_what_is_no_score_is_a_judge_failure_that_names_function_value_and_prompt(value: Any, message: str) -> None:
     def mine(text: str) -> Any:
         return value
@@ -146,6 +173,48 @@ def test_what_it_raises_is_a_judge_failure_whoever_raises_it() -> None:
         assert cause in verdict.feedback
     (verdict,) = judged(asynchronous, is_async=True)
     assert "raised KeyError: 'x'" in verdict.feedback
+
+
+def test_the_feedback_of_a_failure_keeps_the_traceback_of_the_users_code() -> None:
+    def helper(text: str) -> float:
+        return float({}[text])
+
+    def mine(text: str) -> float:
+        return helper(text)
+
+    async def later(text: str) -> float:
+        return helper(text)
+
+    for function, is_async in ((mine, False), (later, True)):
+        (verdict,) = judged(function, is_async=is_async)
+        first, *tail = verdict.feedback.splitlines()
+        assert "raised KeyError: 'ab'; prompt 'p7'" in first
+        assert "return helper(text)" in verdict.feedback and "return float({}[text])" in verdict.feedback
+        assert tail[-1] == "KeyError: 'ab'"
+        assert "rewards/judge.py" not in verdict.feedback
+
+
+def test_a_long_failure_is_cut_in_its_middle() -> None:
+    def mine(text: str) -> float:
+        raise ValueError("x" * 100_000 + "the end")
+
+    (verdict,) = judged(mine)
+    assert len(verdict.feedback) < 5000
+    assert verdict.feedback.startswith("reward function mine raised") and verdict.feedback.endswith("xthe end")
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, SystemExit])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_endings_that_are_no_exception_are_judge_failures_and_end_nothing(raised: Any, is_async: bool) -> None:
+    def mine(text: str) -> float:
+        raise raised()
+
+    async def later(text: str) -> float:
+        raise raised()
+
+    verdicts = judged(later if is_async else mine, is_async=is_async, rollouts=[rollout(0)] * 3)
+    assert [verdict.kind for verdict in verdicts] == [VerdictKind.JUDGE_FAILED] * 3
+    assert not any("took longer" in verdict.feedback for verdict in verdicts)
 
 
 def test_an_async_function_that_cancels_itself_does_not_cancel_the_worker() -> None:
@@ -221,17 +290,26 @@ def test_concurrency_is_bounded() -> None:
     assert most == 3
 
 
-def test_threads_that_hang_for_good_are_bounded_and_named() -> None:
+def test_threads_that_hang_for_good_are_bounded_and_blame_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next response is not judged to be anything: the worker is given up, and another process judges it."""
+    monkeypatch.setattr("millrace.rewards.judge.MOST_HANGING", 3)
     release = threading.Event()
 
     def hangs(text: str) -> float:
-        release.wait(30)
+        if text == "a":
+            release.wait(30)
         return 1.0
 
-    verdicts = judged(hangs, rollouts=[rollout(0)] * 4, deadline_s=0.02, concurrency=1)
+    async def scenario() -> list[Verdict]:
+        judge = Judge(method(hangs), decode=decode, config=JudgeConfig(deadline_s=0.02, concurrency=2))
+        verdicts = [verdict for _ in range(3) for verdict in await judge(PROMPT, [rollout(0)])]
+        with pytest.raises(DeadlineError, match="3 calls of reward function hangs passed their deadline and never re"):
+            await judge(PROMPT, [rollout(1)])
+        return verdicts
+
+    verdicts = asyncio.run(scenario())
     release.set()
-    assert "took longer" in verdicts[0].feedback
-    assert "1 calls of reward function hangs passed their deadline and never returned" in verdicts[1].feedback
+    assert all("took longer" in verdict.feedback for verdict in verdicts)
 
 
 def test_a_call_that_returns_late_gives_its_thread_back() -> None:

@@ -50,6 +50,8 @@ def make(offset=0):
             started = subprocess.Popen(["sleep", "600"])
             open(value, "w").write(str(started.pid))
             return 9 ** 9 ** 9 ** 9
+        if what == "leave one behind":
+            return subprocess.Popen(["sleep", "600"]).pid
         if what == "modules":
             return [name for name in ("torch", "ray", "vllm", "transformers") if name in sys.modules]
         if what == "environment":
@@ -62,6 +64,10 @@ def make(offset=0):
 
 def broken():
     import no_such_module
+
+def never_ready(mark):
+    open(mark, "w").write(str(os.getpid()))
+    return 9 ** 9 ** 9 ** 9
 """
 
 
@@ -290,4 +296,36 @@ def test_a_child_does_not_survive_its_parent(module: str, tmp_path: Path, busy: 
         ended = gone(pid)
         if not ended:
             os.kill(pid, signal.SIGKILL)
+    assert ended
+
+
+@pytest.mark.parametrize("during", ["its start", "idle, with a process left behind by an earlier check"])
+def test_nothing_of_a_child_survives_its_parent(module: str, tmp_path: Path, during: str) -> None:
+    """The parent is killed while the child imports, or holds nothing but what a check started and did not end."""
+    mark = tmp_path / "pid"
+    starts = during == "its start"
+    script = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path.insert(0, {str(tmp_path)!r})
+        from millrace.rewards.processes import Pool
+        target, setup = ("never_ready", {{"mark": {str(mark)!r}}}) if {starts} else ("make", {{}})
+        pool = Pool("{module}:" + target, setup=setup, deadline_s=600.0, memory_bytes=1 << 28, processes=1)
+        left = pool.run(("leave one behind", None)).value
+        open({str(mark)!r}, "w").write(str(left))
+        time.sleep(600)
+        """
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.01)
+        pid = int(mark.read_text())
+        assert psutil.pid_exists(pid)
+    finally:
+        parent.kill()
+        parent.wait()
+    ended = gone(pid)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
     assert ended

@@ -364,6 +364,33 @@ def test_stopping_gives_back_what_is_in_hand() -> None:
     assert (states["judging"], states["generated"]) == (0, 1)
 
 
+async def never(*args: Any, **kwargs: Any) -> Any:
+    """A queue whose process is stopped: it neither answers nor refuses."""
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("silent", ["join", "put_verdicts", "leave", "heartbeat", "lease_groups"])
+def test_stopping_does_not_wait_for_a_queue_that_is_silent(silent: str) -> None:
+    """The bound of the whole farewell is 3 s; what a verdict on a dead queue costs is judging it again."""
+
+    async def scenario() -> None:
+        world = World()
+        await world.start()
+        await world.make(1)
+        setattr(world.home, silent, never)
+        worker = world.worker("exact", silence_s=600.0)
+        task = asyncio.create_task(worker.run())
+        if silent in ("put_verdicts", "leave"):
+            await until(lambda: worker._counts["put_calls"] > 0)
+        else:
+            await asyncio.sleep(0)
+        await worker.stop()
+        async with asyncio.timeout(30):  # silence_s is 600
+            await task
+
+    asyncio.run(scenario())
+
+
 def character_tokenizer(directory: Path) -> None:
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{letter: 3 + i for i, letter in enumerate("abc ")}}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from millrace.core.errors import EngineError, WeightsError
+from millrace.core.errors import EngineDeadError, EngineError, WeightsError
 from millrace.core.protocols import Manifest, Sampling
 from millrace.core.types import Ints, Rollout
 
@@ -235,6 +235,37 @@ def test_tokens_outside_the_vocabulary_are_refused(case: Any) -> None:
                 np.array([case.vocabulary], np.int32), sampling=Sampling(max_tokens=2), seeds=[1], key="bad"
             )
         )
+
+
+POISON = [
+    (np.array([1.0, 2.0], np.float32), 2, 1, "prompt is float32 of shape"),
+    (np.ones((2, 3), np.int32), 2, 1, r"of shape \(2, 3\)"),
+    (np.array([3, -1], np.int32), 2, 1, "prompt tokens -1..3 are outside"),
+    (np.array([2**31 - 1], np.int64), 2, 1, "outside the model's vocabulary"),
+    (PROMPT, 0, 1, "max_tokens = 0"),
+    (PROMPT, 2, -1, "seed -1"),
+    (PROMPT, 2, 2**64, "seed 18446744073709551616"),
+]
+
+
+def test_poison_is_refused_beside_what_runs(case: Any) -> None:
+    """No prompt may end the engine for the others."""
+
+    async def work() -> None:
+        await loaded(case)
+        beside = asyncio.create_task(
+            case.engine.sample(PROMPT, sampling=Sampling(max_tokens=100), seeds=range(4), key="beside")
+        )
+        await until_tokens(case, "beside", 4)
+        for prompt, maximum, seed, message in POISON:
+            with pytest.raises(EngineError, match=message) as refused:
+                await case.engine.sample(prompt, sampling=Sampling(max_tokens=maximum), seeds=[1, seed], key="poison")
+            assert not isinstance(refused.value, EngineDeadError)
+        for rollout in await beside:
+            check(case, rollout, 1.0)
+        assert not case.engine.progress()
+
+    case.run(work)
 
 
 def test_keys_of_running_calls_are_unique(case: Any) -> None:

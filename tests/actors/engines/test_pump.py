@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from millrace.actors.engines.pump import Call, Pump, Response
-from millrace.core.errors import EngineError, WeightsError
+from millrace.core.errors import EngineDeadError, EngineError, WeightsError
 from millrace.core.protocols import Sampling
 
 PROMPT = np.array([1], np.int32)
@@ -26,6 +26,7 @@ class Counting:
         self.threads = {threading.get_ident()}
         self.fail_at = -1
         self.steps = 0
+        self.error: BaseException = ZeroDivisionError("the kernel is gone")
         self.closed = False
         self.version = 0
 
@@ -36,6 +37,8 @@ class Counting:
     def add(self, call: Call) -> None:
         self.threads.add(threading.get_ident())
         self.rows.extend(call.responses)
+        if call.prompt == [13]:
+            raise OverflowError("13 does not fit")
 
     def abort(self, responses: Sequence[Response]) -> None:
         gone = {response.number for response in responses}
@@ -44,7 +47,7 @@ class Counting:
     def step(self) -> Sequence[Response]:
         self.threads.add(threading.get_ident())
         if self.steps == self.fail_at:
-            raise ZeroDivisionError("the kernel is gone")
+            raise self.error
         self.steps += 1
         for row in self.rows:
             row.append(len(row.tokens), -0.5, self.version)
@@ -115,18 +118,50 @@ def test_a_failing_step_fails_everyone_who_waits_and_all_later_calls() -> None:
             asyncio.create_task(pump.sample(PROMPT, sampling=sampling, seeds=[1], key="a")),
             asyncio.create_task(pump.sample(PROMPT, sampling=sampling, seeds=[2], key="b")),
             asyncio.create_task(pump.answered(lambda: never)),
+            asyncio.create_task(pump.watch()),
         ]
         await asyncio.sleep(0.01)
         await pump.between(lambda: setattr(pump.core, "fail_at", pump.core.steps))
         for task in waiting:
             with pytest.raises(
-                EngineError, match="counting engine: a step raised ZeroDivisionError: the kernel is gone"
+                EngineDeadError, match="counting engine: a step raised ZeroDivisionError: the kernel is gone"
             ):
                 await task
-        with pytest.raises(EngineError, match="the kernel is gone"):
+        with pytest.raises(EngineDeadError, match="the kernel is gone"):
+            await pump.watch()
+        with pytest.raises(EngineDeadError, match="sample 'late': .*the kernel is gone"):
             await pump.sample(PROMPT, sampling=sampling, seeds=[1], key="late")
-        with pytest.raises(EngineError, match="the kernel is gone"):
+        with pytest.raises(EngineDeadError, match="the kernel is gone"):
             await pump.between(lambda: None)
+
+    run(work)
+
+
+def test_a_step_that_ends_the_thread_ends_the_engine() -> None:
+    async def work(pump: Pump[Counting]) -> None:
+        pump.core.error = SystemExit("a library gave up")
+        watching = asyncio.create_task(pump.watch())
+        running = asyncio.create_task(pump.sample(PROMPT, sampling=Sampling(max_tokens=10_000_000), seeds=[1], key="a"))
+        await asyncio.sleep(0.01)
+        await pump.between(lambda: setattr(pump.core, "fail_at", pump.core.steps))
+        for task in (watching, running):
+            with pytest.raises(EngineDeadError, match="SystemExit: a library gave up"):
+                await task
+
+    run(work)
+
+
+def test_a_call_that_the_core_refuses_fails_alone() -> None:
+    async def work(pump: Pump[Counting]) -> None:
+        sampling = Sampling(max_tokens=100)
+        beside = asyncio.create_task(pump.sample(PROMPT, sampling=sampling, seeds=[1], key="beside"))
+        with pytest.raises(EngineError, match="sample 'bad': the counting engine raised OverflowError: 13 does") as bad:
+            await pump.sample(np.array([13], np.int32), sampling=sampling, seeds=[1, 2], key="bad")
+        assert not isinstance(bad.value, EngineDeadError)
+        (rollout,) = await beside
+        assert len(rollout) == 100
+        assert pump.core.rows == []
+        assert pump.aborted == 0
 
     run(work)
 

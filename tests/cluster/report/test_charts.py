@@ -139,14 +139,21 @@ def test_waste_is_what_was_not_trained_as_a_share_of_all() -> None:
     assert points(by_id(rows)["waste"]) == {"in flight": [(1, 0.5), (2, 0.15)], "stale: drop": [(1, 0.0), (2, 0.1)]}
 
 
-def test_the_learners_time_is_all_of_it() -> None:
-    chart = by_id([step_row(1), step_row(2)])["time"]
+def test_the_learners_time_is_all_of_it_and_waiting_has_causes() -> None:
+    causes = {"idle/data_s": 0.5, "idle/judge_s": 0.25, "idle/weights_s": 0.0, "idle/scheduler_s": 0.125}
+    chart = by_id([step_row(1, **causes), step_row(2, **causes)])["time"]
     assert sum(each.y[0] or 0 for each in chart.series) == pytest.approx(1)
-    assert points(chart)["waiting for data"] == [(1, 0.25), (2, 0.25)]
+    made = points(chart)
+    assert made["waiting for data"] == [(1, 0.125), (2, 0.125)]
+    assert made["for verdicts"] == [(1, 0.0625), (2, 0.0625)]
+    assert made["other"] == [(1, 0.15625), (2, 0.15625)], "what no cause explains is part of it"
+    older = points(by_id([step_row(1)])["time"])
+    assert older["waiting"] == [(1, 0.25)] and older["other"] == [(1, 0.125)] and "for verdicts" not in older
 
 
 def test_colours_of_a_chart_are_told_apart() -> None:
     books = {f"waste/{name}": 1 for name in ("generated", "trained", "masked", "in_flight", "queued", "stale: drop")}
+    books |= {f"idle/{cause}_s": 1 for cause in ("data", "judge", "weights", "scheduler")}
     for chart in charts(found([step_row(1, lags={0: 1, 1: 1, 2: 1}, **books)], [{"step": 0, "mean": 0.1}])):
         assert len({each.colour for each in chart.series}) == len(chart.series), chart.id
         assert all(isinstance(each, Series) for each in chart.series)

@@ -127,6 +127,45 @@ def test_a_run_whose_driver_was_killed_has_failed(run: Path) -> None:
     assert found.state == "failed" and found.error.startswith("DriverLost: the driver, process")
 
 
+def test_incidents_stand_at_their_steps(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "held_out" not in row]
+    for row in rows:
+        row["time_s"] = 100.0 + 10 * row["step"]
+    for row in steps:
+        row["time/step_s"] = 10.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = [
+        {"time_s": 105.0, "kind": "lost", "component": "generation-0", "cause": "signal\n9"},
+        {"time_s": 125.0, "kind": "serving", "component": "generation-0", "down_s": 20.0},
+        {"time_s": 155.0, "kind": "lost", "component": "generation-0", "cause": "signal 9"},
+        {"time_s": 156.0, "kind": "serving", "component": "generation-0", "down_s": 1.0},
+        {"time_s": 500.0, "kind": "given up", "component": "held-out"},
+        {"time_s": 600.0, "kind": "lost", "component": "held-out", "cause": "gone"},
+        {"time_s": 601.0, "kind": "given up", "component": "held-out", "cause": "gone"},
+        {"time_s": 130.0, "kind": "quarantined", "prompt": "p7", "cause": "crashed", "times": 3, "traceback": "Tr\nE"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(each) + "\n" for each in told))
+    shown = values(write(run).read_text())["incidents"]
+    assert shown["steps"] == 6
+    assert [(each["component"], each["step"], each["back"], each["down"]) for each in shown["lost"]] == [
+        ("generation-0", 0.5, 2.5, "20.0 s"),
+        ("generation-0", 5.5, pytest.approx(5.6), "1.0 s"),
+        ("held-out", 6, None, "given up"),
+    ]
+    assert shown["roles"] == [
+        {"role": "generation", "lost": 2, "mean": "10.5 s", "most": "20.0 s"},
+        {"role": "held-out", "lost": 1, "mean": "", "most": ""},
+    ]
+    assert shown["quarantined"] == [{"prompt": "p7", "cause": "crashed", "times": 3, "traceback": "Tr\nE"}]
+
+
+def test_a_run_without_incidents_has_none(finished: Path) -> None:
+    shown = contents(read(finished))["incidents"]
+    assert shown["lost"] == [] and shown["roles"] == [] and shown["quarantined"] == []
+    assert next(row for row in contents(read(finished))["waste"] if row["name"] == "unaccounted")["tokens"] == 0
+
+
 def test_a_supervised_run_has_losses(make_run: Any) -> None:
     config = make_run(recipe="sft", supervised={"epochs": 1, "batch_rows": 20})
     jobs.train(config, local=True, say=lambda line: None)

@@ -128,10 +128,11 @@ def test_a_whole_small_screen() -> None:
 
 
 def test_the_least_important_leaves_first() -> None:
-    for many in range(len(BY_IMPORTANCE) + 1):
+    wanted = [section for section in BY_IMPORTANCE if section.title != "health"]
+    for many in range(len(wanted) + 1):
         lines = shown(RUNNING, height=3 + many)
         there = {line[:9].strip() for line in lines[3:]}
-        assert there == {section.title for section in BY_IMPORTANCE[:many]}
+        assert there == {section.title for section in wanted[:many]}
 
 
 def test_panels_are_as_wide_as_the_terminal() -> None:
@@ -187,6 +188,12 @@ def test_a_run_that_ended_counts_no_further_and_has_no_eta() -> None:
     assert "no word" not in text
 
 
+def test_an_event_is_a_line_whatever_it_says() -> None:
+    event = {"time_s": 1160.0, "kind": "lost", "component": "a\nb", "holds": ["draw 1", "draw 2"], "pid": 4}
+    lines = shown(RUNNING, events=[event], width=100, height=28)
+    assert any("lost  component a b, draw 1, draw 2, pid 4" in line for line in lines)
+
+
 def test_a_run_that_says_nothing_is_noticed() -> None:
     assert "no word for 1:40  running  11:40" in shown(RUNNING, now_s=1700.0)[0]
     assert "no word" not in shown(RUNNING, now_s=1610.0)[0]
@@ -197,6 +204,81 @@ def test_a_supervised_run_shows_its_loss() -> None:
     lines = shown(RUNNING, rows, height=8)
     assert any(line.startswith("loss       0.103") for line in lines)
     assert not any(line.startswith(("reward", "held out", "lag", "draws")) for line in lines)
+
+
+def part(state: str = "serving", restarts: int = 0) -> Any:
+    return {"state": state, "pid": 4, "node": "a", "restarts": restarts, "since_s": 1.0}
+
+
+PARTS = {"queue": part(), "learner": part(restarts=1), "generation-0": part("restarting", 2), "held-out": part("left")}
+LOST = "generation-0 was lost: its process ended by signal 9"
+HURT = replace(RUNNING, components=PARTS, incidents=3, incident=LOST)
+STALL = {
+    "time_s": 1500.0,
+    "kind": "stalled",
+    "silent_s": 60.0,
+    "why": "nothing was committed for 60 s\nstep 41 waits for draw 77 (prompt train:12)\nlook at generation-0",
+}
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 24), (100, 28), (130, 40), (60, 10)])
+def test_once_something_was_lost_there_is_a_line_of_components(width: int, height: int) -> None:
+    well = "\n".join(shown(replace(RUNNING, components={name: part() for name in PARTS}), width=width, height=height))
+    assert "health" not in well and "serving" not in well
+    lines = shown(HURT, width=width, height=height)
+    text = "\n".join(lines)
+    assert "health" in text and "generation-0 restarting" in text and "3 restarts" in text
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    if height >= 24:
+        assert "1 serving" not in well and "2 serving" in text
+        assert "3 incidents, the last: generation-0 was lost: its process" in text
+
+
+def test_quarantined_prompts_are_told_with_the_last_one() -> None:
+    event = {"time_s": 1170.0, "kind": "quarantined", "prompt": "train:17", "cause": "crashed", "traceback": "a\nb"}
+    hurt = replace(HURT, quarantined=2)
+    text = "\n".join(shown(hurt, events=[*EVENTS, event], width=130, height=40))
+    assert "2 prompts quarantined, the last: train:17 (crashed)" in text
+    assert "traceback" not in text, "it is as long as it is"
+    assert "2 prompts quarantined" in "\n".join(shown(hurt, width=80, height=10))
+    assert "quarantined" not in "\n".join(shown(HURT, width=130, height=40))
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 24), (130, 40), (60, 9), (60, 3)])
+def test_a_run_that_stands_still_says_why(width: int, height: int) -> None:
+    lines = shown(RUNNING, events=[*EVENTS, STALL], width=width, height=height)
+    inside = " ".join(" ".join(lines).split())
+    assert "nothing was committed for 60 s" in inside
+    assert len(lines) <= height and max(map(len, lines)) <= width
+    assert ("look at generation-0" in inside) == (height >= 9)
+
+
+def test_a_stall_that_is_over_is_an_event_like_others() -> None:
+    rows: Rows = [*ROWS, {**step(41), "time_s": 1501.0}]
+    for status, seen in ((RUNNING, rows), (replace(RUNNING, state="finished"), ROWS)):
+        assert "╭─ stalled" not in "\n".join(shown(status, seen, [STALL], width=80, height=24))
+    assert "╭─ stalled" in "\n".join(shown(RUNNING, [{**step(41), "time_s": 1499.0}], [STALL], width=80, height=24))
+
+
+CAUSES = {"idle/data_s": 1.2, "idle/judge_s": 0.8, "idle/weights_s": 0.3, "idle/scheduler_s": 0.2}
+
+
+def test_the_learner_waits_for_something() -> None:
+    rows: Rows = [{**step(number), **CAUSES, "time/wait_s": 2.5, "time/step_s": 10.0} for number in range(1, 41)]
+    half = replace(RUNNING, learner={"phase": "computing", "phase_s": 0.3, "wait_share": 0.5})
+    text = " ".join("\n".join(shown(half, rows, width=110, height=24)).split())
+    assert "waits 50% (data 24%, judge 16%, weights 6%, scheduler 4%); computing for 0.3 s" in text
+    assert "learner waits 50%, mostly for data" in "\n".join(shown(half, rows, width=80, height=11))
+    panels = "\n".join(shown(half, rows, width=130, height=40))
+    assert "time     computing 70% · data 12% · judge 8% · other 5%" in panels
+    bars = "\n".join(shown(half, rows, width=130, height=60))
+    assert "time of the learner" in bars and "wait: data       12%" in bars and "wait: scheduler   2%" in bars
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 24), (130, 40)])
+def test_the_books_always_have_their_last_row(width: int, height: int) -> None:
+    books = {**RUNNING.tokens, "failed:crashed": 33, "unaccounted": 0}
+    assert "unaccounted" in "\n".join(shown(replace(RUNNING, tokens=books), width=width, height=height))
 
 
 def test_tokens_that_are_not_accounted_for_stand_out() -> None:

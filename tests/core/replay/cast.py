@@ -38,6 +38,7 @@ class Engine:
     counter: int = 0
     hands: list[Hand] = field(default_factory=list)
     old: list[Hand] = field(default_factory=list)  # put already, or of an earlier life
+    failed: dict[GroupId, int] = field(default_factory=dict)  # tokens of groups it failed on, reported from then on
 
 
 @dataclass(slots=True)
@@ -56,3 +57,7 @@ class Budget:
     leave: int = 0
     revert: int = 0
     lose: int = 0
+    fence: int = 0
+    judge_fence: int = 0
+    fail: int = 0
+    queue_crash: int = 0

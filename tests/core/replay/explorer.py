@@ -4,24 +4,28 @@ import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 from tests.core.replay.world import World
 
 FAULTS = {"crash", "judge_crash", "learner_crash", "late", "judge_fail", "filter", "leave", "revert", "lose"}
+FAULTS |= {"fence", "judge_fence", "fail", "queue_crash"}
+RARE = {"fence", "judge_fence", "fail", "queue_crash"}  # possible nearly always: walks would be of nothing else
 
 
 @dataclass
 class Explored:
-    states: int
+    states: int  # expanded
+    visited: int  # seen and checked, expanded or not
     transitions: int
     complete: bool  # every reachable state was expanded
     finished: int  # states in which the run is over
     stuck: list[tuple]  # traces to states from which the run cannot end
 
 
-def explore(make: Callable[[], World], *, limit: int) -> Explored:
-    """Expand up to `limit` states. Every invariant is checked after every action.
+def explore(make: Callable[[], World], *, limit: int, visits: float = inf) -> Explored:
+    """Expand up to `limit` states, or until `visits` were seen. Every invariant is checked after every action.
 
     Raises:
         AssertionError: an invariant was broken; the message ends with the trace.
@@ -35,7 +39,7 @@ def explore(make: Callable[[], World], *, limit: int) -> Explored:
     open_ends: set[int] = set()
     while frontier:
         number, image = frontier.popleft()
-        if expanded >= limit:
+        if expanded >= limit or len(parents) >= visits:
             open_ends.add(number)
             continue
         expanded += 1
@@ -62,12 +66,16 @@ def explore(make: Callable[[], World], *, limit: int) -> Explored:
             if action[0] not in FAULTS:
                 before[target].append(number)
     stuck = _cannot_end(before, {*finished, *open_ends})
-    return Explored(expanded, transitions, not open_ends, len(finished), [trace(parents, n) for n in stuck[:3]])
+    return Explored(
+        expanded, len(parents), transitions, not open_ends, len(finished), [trace(parents, n) for n in stuck[:3]]
+    )
 
 
-def walk(make: Callable[[], World], *, walks: int, length: int, seed: int = 0) -> Counter[str]:
+def walk(make: Callable[[], World], *, walks: int, length: int, seed: int = 0, calm: float = 0.95) -> Counter[str]:
     """Random walks, each ended without further faults. Returns how often each action was made.
 
+    Args:
+        calm: share of steps in which nothing rare happens.
     Raises:
         AssertionError: an invariant was broken, or a run could not end; the message ends with the trace.
     """
@@ -79,6 +87,9 @@ def walk(make: Callable[[], World], *, walks: int, length: int, seed: int = 0) -
                 actions = world.actions()
                 if not actions or world.done():
                     break
+                ordinary = [action for action in actions if action[0] not in RARE]
+                if ordinary and random.random() < calm:
+                    actions = ordinary
                 steps.append(random.choice(actions))
                 made[steps[-1][0]] += 1
                 world.do(steps[-1])

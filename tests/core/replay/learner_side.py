@@ -16,6 +16,7 @@ class LearnerSide(Oracle):
     node: int
     forgetful: bool
     accepted: set[GroupId]
+    kept: list[int]  # steps of the commits to fall back to
 
     def _learner_actions(self) -> list[tuple]:
         state, budget, out = self.ledger.state, self.budget, []
@@ -41,6 +42,7 @@ class LearnerSide(Oracle):
     def _learner_joins(self) -> None:
         resumption = self.ledger.join_learner()
         assert resumption.step == self.committed, "the learner resumes where no commit was"
+        assert [*resumption.earlier] == self.kept[-2::-1], f"{resumption.earlier} are not the earlier of {self.kept}"
         self.epoch = resumption.epoch
         self.history = self.history[: resumption.step]
         self.path = self.path[: resumption.step + 1] or [0]
@@ -57,7 +59,7 @@ class LearnerSide(Oracle):
         self.pending = None
 
     def _do_take(self) -> bool:
-        step = self.ledger.state.step
+        step = len(self.history)
         batch = self.ledger.state.batches.get(step)
         known = {entry.draw for entry in batch.entries} if batch else set()
         open_before = {index for index, draw in self.ledger.state.draws.items() if draw.state in OPEN}
@@ -96,7 +98,7 @@ class LearnerSide(Oracle):
 
     def _do_filter(self) -> None:
         self.budget.filter -= 1
-        step = self.ledger.state.step
+        step = len(self.history)
         gone = self.taken[0]
         self.recorded[step] = self.taken[1:]
         for _ in range(2):
@@ -111,7 +113,7 @@ class LearnerSide(Oracle):
             self.recorded[later] = [group for group in self.recorded[later] if group not in gone]
 
     def _do_train(self) -> None:
-        step = self.ledger.state.step
+        step = len(self.history)
         first = sum(self.sizes[group] for group in self.taken if not self.use(group))
         again = sum(self.sizes[group] for group in self.taken) - first
         masked = min(1, first) if self.ledger.masks else 0
@@ -125,11 +127,12 @@ class LearnerSide(Oracle):
         self._reserve(version)
 
     def _do_commit(self) -> None:
-        step = self.ledger.state.step
+        step = len(self.history)
         call = {"step": step, "directory": f"step_{step}.{self.epoch}", "digest": "d", "epoch": self.epoch}
         self.ledger.commit(**call)
         self.ledger.commit(**call)
         self.committed = step
+        self.kept = [*(old for old in self.kept if old < step), step][-self.config.keep_commits :]
 
     def _do_learner_crash(self) -> None:
         self.budget.learner_crash -= 1
@@ -140,17 +143,22 @@ class LearnerSide(Oracle):
         self.budget.revert -= 1
         self.committed = self.ledger.state.commits[-2].step
         self.ledger.revert(step=self.committed)
+        self.kept = [step for step in self.kept if step <= self.committed]
         self._learner_restarts()
 
     def _do_lose(self, parity: int) -> None:
         """The queue restarts, and every other payload is gone."""
         self.budget.lose -= 1
         self.ledger.recover(lambda location: location[0] % 2 == parity)
-        self.lost |= {group for group in self.accepted if group.draw % 2 != parity}
+        self._groups_lost({group for group in self.accepted if group.draw % 2 != parity})
+
+    def _groups_lost(self, groups: set[GroupId]) -> None:
+        """Their payloads are gone, and the learner was fenced."""
+        self.lost |= groups
         if len(self.ledger.state.versions.steps) > len(self.paths):  # no learner will ever publish this one
             self.paths.append(tuple(self.path[: self.committed + 1]))
         for step in (k for k in self.recorded if k >= self.committed):
-            self.recorded[step] = [group for group in self.recorded[step] if group.draw % 2 == parity]
+            self.recorded[step] = [group for group in self.recorded[step] if group not in groups]
         self._learner_restarts()
 
     def _learner_restarts(self) -> None:

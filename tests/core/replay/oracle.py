@@ -82,8 +82,10 @@ class Oracle:
         if self.frugal:
             assert state.next_draw <= -(-size * config.steps // config.reuse), "fewer draws would do"
         self._check_uses()
-        if config.stale == "wait" and not self.forked:
-            assert not state.counts[State.STALE], "the rule `wait` gave a group up though history never forked"
+        if config.stale == "wait":
+            assert not state.counts[State.STALE], "the rule `wait` lost a draw"
+            forked = self.forked or "stale:wait" not in state.books.rows
+            assert forked, "the rule `wait` gave a group up though history never forked"
         self._check_books()
 
     def _check_history(self) -> None:
@@ -146,11 +148,31 @@ class Oracle:
         """What the future depends on; equal keys need only be explored once."""
         state = self.ledger.state
         draws = tuple(
-            (d.index, d.state, d.attempt, d.failures, d.requeues, d.epoch, d.min_version, d.deadline, str(d.runs))
+            (
+                d.index,
+                d.state,
+                d.attempt,
+                d.failures,
+                d.crashes,
+                d.requeues,
+                d.epoch,
+                d.min_version,
+                d.deadline,
+                str(d.runs),
+            )
             for d in state.draws.values()
         )
         details = tuple(
-            (tuple(d.steps), d.judge_failures, d.judge_expiries, d.shunned, d.rule, max(0.0, d.shun_until - self.now))
+            (
+                d.variation,
+                d.judge_crashes,
+                tuple(d.steps),
+                d.judge_failures,
+                d.judge_expiries,
+                d.shunned,
+                d.rule,
+                max(0.0, d.shun_until - self.now),
+            )
             for d in state.draws.values()
         )
         holds = tuple(
@@ -169,4 +191,5 @@ class Oracle:
         queues = (tuple(state.generated), tuple(state.scored), tuple(sorted(state.waiting)), state.next_draw)
         learner = (*learner, tuple(sorted(self.rejects)), tuple(state.reusable), tuple(c.step for c in state.commits))
         faults = tuple(getattr(self.budget, name) for name in Budget.__slots__)
+        learner = (*learner, state.counts[State.DEAD])
         return draws, details, holds, batches, engines, gone, judges, learner, queues, faults, state.versions.newest

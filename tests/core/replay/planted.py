@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from tests.core.replay.explorer import explore, walk
-from tests.core.replay.scenarios import LARGE, SCENES
+from tests.core.replay.scenarios import CALM, LARGE, SCENES
 
 Plant = Callable  # monkeypatch -> None
 
@@ -24,7 +24,7 @@ def into(mutants: dict[str, tuple[Plant, str]]) -> Callable[[str], Callable[[Pla
 def hunt(scene: str) -> None:
     """Raises AssertionError when the scene finds something."""
     if scene in LARGE:
-        walk(LARGE[scene], walks=120, length=160)
+        walk(LARGE[scene], walks=120, length=160, calm=CALM.get(scene, 0.95))
     else:
         explored = explore(SCENES[scene], limit=1500)
         assert not explored.stuck, f"a run cannot end after {explored.stuck[0]}"

@@ -16,6 +16,7 @@ _BASE = {
     "lease_cap_s": 15,
     "judge_lease_s": 10,
     "judge_cap_s": 20,
+    "keep_commits": 1,
 }
 
 
@@ -51,12 +52,26 @@ SCENES = {
     "judges": scene(
         config(group_size=3, max_lag=0, steps=1, judge_expiries=1), judges=2, judge_fail=2, tick=2, judge_crash=1
     ),
-    "dying draws": scene(config(attempts=1, max_lag=0), crash=2, tick=1),
+    "dying draws": scene(config(attempts=1, max_lag=0), fail=2, tick=1),
+    "lost workers": scene(config(max_lag=0, crashes=2), fence=2, judge_fence=2, late=1, work=1),
+    "failing engine": scene(config(max_lag=0, groups_per_step=2, steps=1, attempts=2), fail=3, crash=1, late=1),
+    "suspects": scene(config(groups_per_step=2, max_lag=0, steps=1), engines=2, fence=3, late=1),
+    "suspects of one engine": scene(config(groups_per_step=2, max_lag=0, steps=2), fence=4),
+    "poison answers": scene(config(max_lag=0, steps=1, crashes=2), judges=2, judge_fence=3),
+    "suspects of judges": scene(config(groups_per_step=2, max_lag=0, steps=1), judges=2, judge_fence=5, judge_fail=1),
     "lag 2": scene(config(steps=3, max_lag=2), work=1),
     "drop": scene(config(steps=3, stale="drop")),
     "requeue": scene(config(steps=3, stale="requeue", requeues=1)),
     "mask": scene(config(steps=3, stale="mask")),
     "train": scene(config(steps=3, stale="train")),
+    "two checkpoints": scene(config(steps=3, keep_commits=2), learner_crash=1, revert=1),
+    "queue dies": scene(config(), queue_crash=1, learner_crash=1),
+    "queue dies, synchronous": scene(config(groups_per_step=2, max_lag=0), queue_crash=1, filter=1, fail=1),
+    "queue dies, faults": scene(config(max_lag=0, steps=1), queue_crash=2, fence=1, judge_fence=1, late=1, tick=1),
+    "queue dies, two engines": scene(
+        config(max_lag=0, groups_per_step=2, steps=1), engines=2, queue_crash=1, fence=1, late=1, work=1
+    ),
+    "queue dies, reuse": scene(config(steps=3, max_lag=2, reuse=2, keep_commits=2), queue_crash=1, filter=1),
     "revert": scene(config(keep_commits=2), revert=1, learner_crash=1),
     "reuse": scene(config(steps=4, max_lag=3, reuse=2), frugal=True),
     "reuse, pairs": scene(config(groups_per_step=2, steps=3, reuse=2)),
@@ -77,7 +92,7 @@ _FAULTS = {
     "filter": 3,
     "work": 8,
 }
-_FAULTS |= {"beat": 3, "leave": 2, "revert": 1, "lose": 1}
+_FAULTS |= {"beat": 3, "leave": 2, "revert": 1, "lose": 1, "fence": 4, "judge_fence": 3, "fail": 3, "queue_crash": 3}
 
 _LONGER = {"steps": 4}
 
@@ -107,3 +122,11 @@ LARGE = {
         ("mask", 3, 2, True, {"reuse": 2}),
     ]
 }
+LARGE["poison, lag 0"] = scene(
+    config(groups_per_step=4, max_lag=0, steps=3, attempts=5),
+    engines=2,
+    judges=2,
+    **_FAULTS | {"fence": 12, "judge_fence": 9},
+)
+# Share of the steps of a walk in which nothing rare happens, where it is another than usual.
+CALM = {"poison, lag 0": 0.6}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.core.replay.explorer import explore, walk
-from tests.core.replay.scenarios import LARGE, SCENES
+from tests.core.replay.scenarios import CALM, LARGE, SCENES
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -15,6 +15,6 @@ def test_every_interleaving_keeps_the_invariants_and_can_end(name, explorer_limi
 
 @pytest.mark.parametrize("name", LARGE)
 def test_random_walks_keep_the_invariants_and_end(name, explorer_limit):
-    made = walk(LARGE[name], walks=max(40, explorer_limit // 40), length=160)
+    made = walk(LARGE[name], walks=max(40, explorer_limit // 40), length=160, calm=CALM.get(name, 0.95))
     for action in ("lease", "put", "late", "crash", "tick", "score", "judge_fail", "train", "commit", "learner_crash"):
         assert made[action], f"no walk ever made the action {action}"

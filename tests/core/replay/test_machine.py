@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from millrace.core.replay.ledger import Ledger
 from tests.core.replay.cast import Budget
 from tests.core.replay.explorer import drain
 from tests.core.replay.scenarios import config
@@ -71,7 +70,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """Its records, as JSON, rebuild it; the run goes on with the rebuilt one."""
         world = self.world
         records = json.loads(json.dumps(world.records))
-        rebuilt = Ledger(world.config, clock=world.clock, emit=world.emit)
+        rebuilt = type(world.ledger)(world.config, clock=world.clock, emit=world.emit)
+        rebuilt.disk = world.disk
         rebuilt.replay(records)
         assert rebuilt.state == world.ledger.state
         world.ledger = rebuilt

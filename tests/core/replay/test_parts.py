@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from millrace.core.errors import ConfigError, LedgerError
 from millrace.core.replay import selectors
 from millrace.core.replay.config import QueueConfig
-from millrace.core.replay.journal import MemoryJournal
+from millrace.core.replay.journal import MemoryJournal, Outcome
 from millrace.core.replay.leases import Hold, Leases
 from millrace.core.replay.limiter import RateLimiter, explain_idle, idle_slots
 from millrace.core.replay.selectors import Candidate
@@ -134,12 +134,16 @@ def test_the_advice_on_idle_slots_fills_them(slots, per_step, size, max_lag):
         assert idle_slots(slots - idle, **run) == 0
 
 
+def outcome(location):
+    return Outcome(location, draw=0, attempt=0, state="committed", steps=(0,), rule="", verdicts=None, lags=())
+
+
 def test_a_pack_is_freed_with_its_last_row():
     journal = MemoryJournal()
     a, b = journal.store(b"12345678", [1, 3])
     assert journal.store(b"empty", []) == []
-    journal.forget(a)
-    journal.forget(a)
+    journal.forget(outcome(a))
+    journal.forget(outcome(a))
     assert journal.load(b) == (b"12345678", 3) and journal.bytes == 8
-    journal.forget(b)
+    journal.forget(outcome(b))
     assert journal.bytes == 0

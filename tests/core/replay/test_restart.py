@@ -1,197 +1,166 @@
-"""The records outlive the process: what was committed stays, everything else is drawn again."""
+"""The records and the payloads outlive the process: nothing is lost, nothing is trained twice."""
 
 import asyncio
 import gc
-import json
-from collections import Counter
+import os
+import signal
 from pathlib import Path
 
-import numpy as np
+import pytest
 
-from millrace.core import schema
-from millrace.core.protocols import Feedback, Role
-from millrace.core.replay.config import QueueConfig
-from millrace.core.replay.journal import LineJournal
-from millrace.core.replay.queue import ReplayQueue
-from millrace.core.types import (
-    Group,
-    GroupVerdict,
-    Lease,
-    Prompt,
-    Rollout,
-    Verdict,
-    VerdictKind,
-    VersionRun,
-    WorkerId,
-)
-
-ENGINE, JUDGE = WorkerId("generation-0"), WorkerId("reward-0")
-GOOD = Verdict(kind=VerdictKind.SCORED, score=1.0)
-TOKENS = 3
+from millrace.core import failpoint, schema
+from millrace.core.errors import LedgerError
+from millrace.core.replay import queue as queue_module
+from tests.core.replay.life import ENGINE, TOKENS, Life, a_life_until_the_kill, as_killed
 
 
-class Source:
-    def draw(self, index: int) -> Prompt:
-        return Prompt(id=str(index), text="", tokens_P=np.zeros(1, np.int32))
-
-
-class Life:
-    """One process's life: a queue on the journal, an engine, a judge and a learner."""
-
-    def __init__(self, path: Path) -> None:
-        config = QueueConfig(groups_per_step=2, group_size=2, steps=4, max_lag=1)
-        self.queue = ReplayQueue(config, Source(), seed=0, journal=LineJournal(path))
-        self.generated = 0
-        self.requests = 0
-        self.trained: Counter[int] = Counter()
-
-    async def begin(self) -> None:
-        self.engine = await self.queue.join(ENGINE, role=Role.GENERATION, slots=8)
-        self.judge = await self.queue.join(JUDGE, role=Role.REWARD, slots=8)
-        self.resumption = await self.queue.join_learner()
-        self.version, self.step = self.resumption.version, self.resumption.step
-        await self.queue.announce(version=self.version, epoch=self.resumption.epoch)
-
-    def request(self) -> str:
-        self.requests += 1
-        return str(self.requests)
-
-    def group(self, lease: Lease) -> Group:
-        self.generated += TOKENS * lease.n
-        rollout = Rollout(
-            tokens_T=np.zeros(TOKENS, np.int32),
-            sampled_T=np.ones(TOKENS, np.bool_),
-            behaviour_logprob_T=np.zeros(TOKENS, np.float32),
-            versions=(VersionRun(self.version, 0, TOKENS),),
-            finish_reason="stop",
-            seed=0,
-        )
-        return Group(id=lease.id, prompt=lease.prompt, rollouts=(rollout,) * lease.n, lease_epoch=lease.epoch)
-
-    async def generate(self) -> None:
-        grant = await self.queue.lease_draws(
-            ENGINE, epoch=self.engine, version=self.version, want=8, request=self.request(), wait_s=0
-        )
-        groups = [self.group(lease) for lease in grant.leases]
-        if groups:
-            receipts = await self.queue.put_groups(
-                ENGINE, epoch=self.engine, pack=schema.encode(groups), request=self.request()
-            )
-            assert all(receipt.accepted for receipt in receipts)
-        await self.queue.heartbeat(ENGINE, epoch=self.engine, progress={}, generated=self.generated)
-
-    async def score(self) -> None:
-        pack = await self.queue.lease_groups(JUDGE, epoch=self.judge, want=8, request=self.request(), wait_s=0)
-        if pack:
-            verdicts = [GroupVerdict(id=header.id, verdicts=(GOOD,) * header.n) for header in schema.headers(pack)]
-            await self.queue.put_verdicts(JUDGE, epoch=self.judge, verdicts=verdicts, request=self.request())
-
-    async def learn(self) -> None:
-        taken = await self.queue.take(step=self.step, epoch=self.resumption.epoch, wait_s=0)
-        assert taken is not None
-        headers = schema.headers(taken.pack)
-        self.trained.update(header.id.draw for header in headers)
-        feedback = Feedback(trained_tokens=sum(header.tokens for header in headers))
-        self.version = await self.queue.trained(step=self.step, epoch=self.resumption.epoch, feedback=feedback)
-        self.step += 1
-        await self.queue.announce(version=self.version, epoch=self.resumption.epoch)
-
-    async def one_step(self) -> None:
-        await self.generate()
-        await self.score()
-        await self.learn()
-
-    async def commit(self) -> None:
-        await self.queue.commit(step=self.step, directory=f"step_{self.step}", digest="d", epoch=self.resumption.epoch)
-
-
-async def a_life_until_the_kill(path: Path) -> Life:
-    """Step 1 committed, step 2 trained, more groups in every earlier state; then nothing more."""
-    life = Life(path)
-    await life.begin()
-    await life.one_step()
+async def to_the_end(life: Life) -> None:
+    while life.step < 4:
+        await life.one_step()
     await life.commit()
-    await life.one_step()
-    await life.generate()
-    return life
 
 
-def test_a_restarted_run_redoes_what_was_not_committed_and_nothing_else(tmp_path: Path) -> None:
+def test_a_restarted_run_loses_nothing_and_redoes_what_was_not_committed(tmp_path: Path) -> None:
     async def main() -> None:
-        first = await a_life_until_the_kill(tmp_path / "ledger.jsonl")
+        first = await a_life_until_the_kill(tmp_path / "run")
         committed = set(list(first.trained)[:2])
-        second = Life(tmp_path / "ledger.jsonl")
+        redone = schema.decode((await first.queue.take(step=1, epoch=first.resumption.epoch, wait_s=0)).pack)
+        second = Life(as_killed(tmp_path / "run"))
         await second.begin()
         assert (second.resumption.step, second.resumption.directory) == (1, "step_1")
         assert second.resumption.version > first.version
-        while second.step < 4:
-            await second.one_step()
-        await second.commit()
+        again = schema.decode((await second.queue.take(step=1, epoch=second.resumption.epoch, wait_s=0)).pack)
+        assert schema.encode(again) == schema.encode(redone), "the batch of step 2 is another one"
+        await to_the_end(second)
         status = await second.queue.status()
         assert status.states["committed"] == 8
         assert not committed & set(second.trained)
-        assert set(second.trained.values()) == {1}
-        assert set(second.trained) | committed == set(range(8))
-        assert status.tokens["unaccounted"] == 0
-        assert status.tokens["trained"] == 8 * 2 * TOKENS
-        assert status.tokens["failed:lost"] > 0
-
-    asyncio.run(main())
-
-
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
-    async def main() -> None:
-        path = tmp_path / "ledger.jsonl"
-        await a_life_until_the_kill(path)
-        whole = path.read_bytes()
-        path.write_bytes(whole + b'{"op":"comm')
-        second = Life(path)
-        await second.begin()
-        assert second.resumption.step == 1
-        assert path.read_bytes().startswith(whole)
-        assert b'{"op":"comm{' not in path.read_bytes()
+        assert set(second.trained.values()) == {1} and set(second.trained) | committed == set(range(8))
+        assert status.tokens["unaccounted"] == 0 and status.tokens["trained"] == 8 * 2 * TOKENS
+        assert status.tokens.get("failed:lost", 0) == 0
+        assert not await second.queue.damage()
 
     asyncio.run(main())
 
 
 def test_a_location_of_an_earlier_life_is_never_given_out_again(tmp_path: Path) -> None:
-    first = LineJournal(tmp_path / "ledger.jsonl")
-    assert list(first.records()) == []
-    (old,) = first.store(b"old", [0])
-    first.append({"op": "generated", "rows": [[0, 0, 6, [], list(old)]]})
-    first.flush()
-    second = LineJournal(tmp_path / "ledger.jsonl")
-    assert len(list(second.records())) == 1
-    assert not second.holds(old)
-    (new,) = second.store(b"new", [0])
-    assert new != old
-    assert second.holds(new)
+    async def main() -> None:
+        first = await a_life_until_the_kill(tmp_path / "run", keep_rollouts="needed")
+        given = {draw.location for draw in first.queue._ledger.state.draws.values() if draw.location}
+        await first.queue.close()
+        second = Life(tmp_path / "run", keep_rollouts="needed")
+        await second.begin()
+        await to_the_end(second)
+        fresh = {outcome.location for outcome in second.queue._ledger.state.released}
+        fresh |= {draw.location for draw in second.queue._ledger.state.draws.values() if draw.location}
+        assert not given & fresh
+        await second.queue.close()
+
+    asyncio.run(main())
 
 
 def test_a_fresh_journal_changes_nothing(tmp_path: Path) -> None:
     async def main() -> None:
-        life = Life(tmp_path / "ledger.jsonl")
+        life = Life(tmp_path / "run")
         await life.begin()
         assert (life.resumption.step, life.resumption.version, life.resumption.directory) == (0, 0, None)
 
     asyncio.run(main())
 
 
-def test_an_ended_life_that_is_thrown_away_late_leaves_the_next_ones_records_alone(tmp_path: Path) -> None:
-    """As where a run fails and is resumed in one process."""
-    path = tmp_path / "ledger.jsonl"
-
-    async def scenario() -> None:
-        first = Life(path)
+def test_a_run_is_resumed_in_the_process_in_which_it_was_ended(tmp_path: Path) -> None:
+    async def main() -> None:
+        first = Life(tmp_path / "run")
         await first.begin()
         await first.queue.heartbeat(ENGINE, epoch=first.engine, progress={}, generated=7)
-        second = Life(path)
+        with pytest.raises(LedgerError, match=f"held by process {os.getpid()} on"):
+            Life(tmp_path / "run")
+        await first.queue.close()
+        second = Life(tmp_path / "run")
         await second.begin()
         await second.generate()
         del first
         gc.collect()
-        assert all(json.loads(line) for line in path.read_bytes().splitlines())
-        third = await Life(path).queue.status()
+        await second.queue.close()
+        third = await Life(tmp_path / "run").queue.status()
         assert third.tokens["generated"] == 7 + second.generated > 7 and third.tokens["unaccounted"] == 7
 
-    asyncio.run(scenario())
+    asyncio.run(main())
+
+
+def test_a_restart_from_an_image_goes_on_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "_BEHIND", 0)
+
+    async def main() -> None:
+        first = await a_life_until_the_kill(tmp_path / "run")
+        many = first.journal.behind
+        await first.commit()
+        assert first.journal.behind == 1 < many
+        state = first.queue._ledger.state
+        second = Life(as_killed(tmp_path / "run"))
+        assert second.queue._ledger.state == state
+        await second.begin()
+        assert second.resumption.directory == "step_2"
+        await to_the_end(second)
+        assert (await second.queue.status()).tokens["unaccounted"] == 0
+        lengths = await second.queue.lengths()
+        assert lengths == {TOKENS: [16, 16]}
+
+    asyncio.run(main())
+
+
+POINTS = [
+    "journal.store.before",
+    "journal.store.torn",
+    "journal.store.after",
+    "journal.flush.before",
+    "journal.flush.after",
+    "journal.compact",
+    "journal.seal",
+]
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_a_real_kill_anywhere_in_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, number: int
+) -> None:
+    """The child is killed there; what it had been promised before is here afterwards, and the run ends as any other."""
+    monkeypatch.setattr(queue_module, "_BEHIND", 8)
+    promised = tmp_path / "promised"
+    promised.write_text("0 0")
+
+    async def life(child: bool) -> dict[str, int]:
+        own = Life(tmp_path / "run", segment_bytes=1 << 12)
+        started = own.queue._ledger.state.next_draw
+        await own.begin()
+        if not child:
+            committed, draws = map(int, promised.read_text().split())
+            assert own.step >= committed and started >= draws, "what was answered before the kill is gone"
+        committed = 0
+        while own.step < 4:
+            await own.generate()
+            if child:
+                promised.write_text(f"{committed} {own.queue._ledger.state.next_draw}")
+            await own.score()
+            await own.learn()
+            await own.commit()
+            committed = own.step
+        status = await own.queue.status()
+        await own.queue.close()
+        return {**status.states, **status.tokens}
+
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            failpoint.arm(failpoint.parsed(f"{point}@{number}=kill:{tmp_path / 'marker'}"))
+            asyncio.run(life(child=True))
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    assert (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) or not (tmp_path / "marker").exists()
+    end = asyncio.run(life(child=False))
+    assert end["committed"] == 8 and end["trained"] == 8 * 2 * TOKENS
+    assert end.get("failed:lost", 0) == 0

@@ -161,7 +161,7 @@ def a_lease_reserves_one_place(patch):
     patch.setattr(DrawRules, "_uses", lambda self: self.state.open)
 
 
-@mutant("mask, lag 3, reuse 2")
+@mutant("drop, lag 2, reuse 2")
 def uses_left_count_as_groups_for_the_present_batch(patch):
     patch.setattr(DrawRules, "_short", lambda self: 0)
 

@@ -10,12 +10,13 @@ from millrace.core.replay.draws import OPEN, State
 from millrace.core.replay.ledger import Ledger
 from millrace.core.types import GroupId, GroupVerdict, Verdict
 from tests.core.replay.cast import BROKEN, OK, Budget, Engine, Hand
-from tests.core.replay.learner_side import LearnerSide
+from tests.core.replay.disk_model import Disk, DurableLedger
+from tests.core.replay.fault_side import FaultSide
 
 _CONFIGS: dict[int, QueueConfig] = {}  # clones of a world share its configuration; only what changes is copied
 
 
-class World(LearnerSide):
+class World(FaultSide):
     def __init__(
         self,
         config: QueueConfig,
@@ -32,7 +33,12 @@ class World(LearnerSide):
         self.config, self.budget, self.tick_s = config, budget, tick_s
         self.now = 0.0
         self.records: list[dict] | None = [] if record else None
-        self.ledger = Ledger(config, clock=self.clock, emit=self.emit)
+        self.disk = Disk() if budget.queue_crash else None
+        self.variations: dict[int, int] = {}
+        self.fates: dict[int, tuple[int, int, int]] = {}
+        self.kept = [0]
+        self.ledger = (DurableLedger if self.disk else Ledger)(config, clock=self.clock, emit=self.emit)
+        self.ledger.disk = self.disk
         self.engines = [Engine(f"generation-{i}") for i in range(engines)]
         self.judges = {f"reward-{i}": (0, []) for i in range(judges)}
         self.true_counters: dict[int, int] = {}  # worker epoch -> tokens its engine really sampled
@@ -66,7 +72,9 @@ class World(LearnerSide):
         number, state = own.pop("image")
         self.__dict__.update(own)
         self.config = _CONFIGS[number]
-        self.ledger = Ledger.__new__(Ledger)
+        kind = DurableLedger if self.disk else Ledger
+        self.ledger = kind.__new__(kind)
+        self.ledger.disk = self.disk
         self.ledger.config, self.ledger.state = self.config, state
         self.ledger.clock, self.ledger.emit = self.clock, self.emit
 
@@ -74,6 +82,9 @@ class World(LearnerSide):
         return self.now
 
     def emit(self, record: dict) -> None:
+        if self.disk is not None:
+            self.disk.append(record)
+        self._note(record)
         if self.records is not None:
             self.records.append(record)
 
@@ -86,6 +97,8 @@ class World(LearnerSide):
                 out.append(("load", i))
             if self.ledger.room(engine.version) > 0:
                 out.append(("lease", i))
+                if any(state.draws[index].suspect for index in state.waiting):
+                    out += [("lease", i, 2), ("lease", i, 3)]
             out += [("put", i, h) for h in range(len(engine.hands))]
             if engine.hands and budget.work:
                 out.append(("work", i))
@@ -108,11 +121,13 @@ class World(LearnerSide):
                 out.append(("judge_crash", name))
         if state.leases.held or state.judgings.held:
             out += [("tick",)] if budget.tick else []
-        return out + self._learner_actions()
+        out += self._learner_actions()
+        return out + self._fault_actions(out)
 
     def do(self, action: tuple) -> bool:
         """Make one action, then check everything. False: it had no effect."""
         effect = getattr(self, f"_do_{action[0]}")(*action[1:])
+        self.ledger.state.released.clear()
         self.check()
         return effect is not False
 
@@ -123,7 +138,7 @@ class World(LearnerSide):
 
     def _enter(self, engine: Engine) -> None:
         engine.old = [*engine.old, *engine.hands][-2:]
-        engine.hands, engine.version = [], -1
+        engine.hands, engine.version, engine.failed = [], -1, {}
         engine.epoch = self.ledger.join(engine.name, role=Role.GENERATION, slots=8, generated=engine.counter)
         self.true_counters[engine.epoch] = 0
 
@@ -135,7 +150,7 @@ class World(LearnerSide):
     def _do_load(self, i: int) -> None:
         self.engines[i].version = self.ledger.state.versions.newest
 
-    def _do_lease(self, i: int, want: int = 1) -> None:
+    def _do_lease(self, i: int, want: int = 1) -> bool:
         engine = self.engines[i]
         state = self.ledger.state
         lag = self.lag(engine.version, state.step)
@@ -147,15 +162,21 @@ class World(LearnerSide):
         live = ahead + sum(draw.state in OPEN for draw in state.draws.values())
         self.ids += 1
         call = {"epoch": engine.epoch, "version": engine.version, "want": want, "request": f"r{self.ids}"}
+        repeated = call["request"] in state.workers[engine.name].answers  # answered by a queue that then died
+        next_draw = state.next_draw
         groups = self.ledger.lease_draws(engine.name, **call)
+        if any(group.draw >= next_draw for group in groups) and not repeated:
+            places = len(groups) + len(state.waiting)
+            assert places <= want, f"{groups} were granted while {state.waiting} wait"
         again = self.ledger.lease_draws(engine.name, **call)
         assert groups == again, f"a repeated request got {again} after {groups}"
         for ahead, group in enumerate(groups, live):
             bound = lag + ceil((ahead + 1) / self.config.groups_per_step) - 1
-            assert bound <= self.config.max_lag, f"{group} was admitted at {bound} > max_lag"
+            assert repeated or bound <= self.config.max_lag, f"{group} was admitted at {bound} > max_lag"
             hand = Hand(group, engine.epoch, [], self.now, self.now)
             self._sample(engine, hand)
             engine.hands.append(hand)
+        return bool(groups)
 
     def _do_work(self, i: int, tokens: int = 1) -> None:
         """A token for each group, then a heartbeat."""
@@ -172,7 +193,7 @@ class World(LearnerSide):
         self.beat(self.engines[i])
 
     def beat(self, engine: Engine) -> None:
-        progress = {hand.id: len(hand.runs) for hand in engine.hands}
+        progress = {hand.id: len(hand.runs) for hand in engine.hands} | engine.failed
         self.ledger.expire()
         lost = self.ledger.heartbeat(engine.name, epoch=engine.epoch, progress=progress, generated=engine.counter)
         for hand in engine.hands:
@@ -188,7 +209,7 @@ class World(LearnerSide):
             engine.name,
             epoch=epoch,
             headers=[hand.header(self.config.group_size)],
-            store=lambda rows: [(hand.id.draw, row) for row in rows],
+            store=lambda _: self.disk.store([hand.id]) if self.disk else [hand.id],
         )
 
     def _do_put(self, i: int, h: int) -> None:
@@ -198,8 +219,10 @@ class World(LearnerSide):
         self.ledger.expire()
         hold = self.ledger.state.leases.held.get(hand.id.draw)
         held = hold is not None and (hold.draw, hold.attempt) == hand.id and hand.epoch == engine.epoch
+        stored = self._stored(hand, engine)
         (receipt,) = self._put(engine, hand, engine.epoch)
-        assert receipt.accepted == held, f"{receipt} although its lease {'goes on' if held else 'has ended'}"
+        lease = "goes on" if held else "has ended"
+        assert receipt.accepted == (held or stored), f"{receipt} although its lease {lease}, stored: {stored}"
         if receipt.accepted:
             assert hand.id not in self.accepted, f"{hand.id} accepted twice"
             self.accepted.add(hand.id)
@@ -211,8 +234,10 @@ class World(LearnerSide):
         self.budget.late -= 1
         engine = self.engines[i]
         hand = engine.old.pop()
+        stored, inserts = self._stored(hand, engine), self.ledger.state.counts[State.GENERATED]
         (receipt,) = self._put(engine, hand, engine.epoch)
-        assert not receipt.accepted and receipt.reason, f"{hand.id} of epoch {hand.epoch} was accepted late"
+        assert receipt.accepted == stored and receipt.reason, f"{hand.id} of epoch {hand.epoch}: {receipt}"
+        assert self.ledger.state.counts[State.GENERATED] <= inserts, f"{hand.id} was accepted late"
         if hand.epoch != engine.epoch:
             try:
                 self._put(engine, hand, hand.epoch)
@@ -229,7 +254,7 @@ class World(LearnerSide):
     def _do_leave(self, i: int) -> None:
         self.budget.leave -= 1
         engine = self.engines[i]
-        abandoned = {hand.id: len(hand.runs) for hand in engine.hands}
+        abandoned = {hand.id: len(hand.runs) for hand in engine.hands} | engine.failed
         call = {"epoch": engine.epoch, "generated": engine.counter, "abandoned": abandoned}
         self.ledger.leave(engine.name, **call)
         self.ledger.leave(engine.name, **call)

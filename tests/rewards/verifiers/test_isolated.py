@@ -1,5 +1,6 @@
 """Any verifier in a killable process: same words, same answers."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 from millrace.core.errors import RewardError
-from millrace.core.types import Verdict, VerdictKind
+from millrace.core.types import Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.rewards import processes
-from millrace.rewards.judge import verifier
+from millrace.rewards.config import JudgeConfig
+from millrace.rewards.judge import Judge, verifier
 
 MINE = """
+import ctypes, os, signal
 from millrace.core.types import Verdict, VerdictKind
 
 def score(text, level, tokens_T, answer="none", *, bonus=0.0):
@@ -24,6 +27,20 @@ def score(text, level, tokens_T, answer="none", *, bonus=0.0):
         return Verdict(kind=VerdictKind.SUBJECT_FAILED, score=0.0, components={"a": 1.0}, feedback="why")
     if text == "raise":
         raise KeyError("x")
+    if text == "exit at once":
+        os._exit(7)
+    if text == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if text == "segfault":
+        ctypes.string_at(0)
+    if text == "deaf":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        return 9 ** 9 ** 9 ** 9
+    if text == "nan":
+        return float("nan")
+    if text == "text":
+        return "1.0"
     return (level + bonus) / 10 if answer == "none" else 1.0
 
 async def later(text):
@@ -45,6 +62,17 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield make
     for method in made:
         method.function._pool.close()
+
+
+PROMPT = Prompt(id="p7", text="", tokens_P=np.array([1], np.int32), answer=None, row={"level": 4})
+EMPTY = Rollout(
+    tokens_T=np.array([1, 2], np.int32),
+    sampled_T=np.ones(2, np.bool_),
+    behaviour_logprob_T=np.zeros(2, np.float32),
+    versions=(VersionRun(0, 0, 2),),
+    finish_reason="stop",
+    seed=0,
+)
 
 
 def have(text: str, **more: Any) -> dict[str, Any]:
@@ -74,6 +102,35 @@ def test_what_it_raises_is_a_judge_failure_and_what_hangs_is_the_subject_s(isola
     verdict = method.call(have("hang"))
     assert verdict.kind is VerdictKind.SUBJECT_FAILED and "took longer than deadline_s = 1" in verdict.feedback
     assert method.call(have("x")) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("exit at once", "ended with exit code 7"),
+        ("kill", "killed by SIGKILL"),
+        ("segfault", "killed by SIGSEGV"),
+        ("deaf", "took longer than deadline_s = 1"),
+    ],
+)
+def test_a_check_that_kills_its_process_or_holds_it_is_a_verdict_and_the_judge_goes_on(
+    isolated: Any, text: str, cause: str
+) -> None:
+    """Through the judge, as a reward worker calls it: typed, with its cause, and the next response is judged."""
+    method = isolated(deadline_s=1.0)
+    judge = Judge(method, decode=lambda responses: [text, "x"][: len(responses)], config=JudgeConfig(deadline_s=60))
+    killed, after = asyncio.run(judge(PROMPT, [EMPTY, EMPTY]))
+    assert (killed.kind, killed.score) == (VerdictKind.SUBJECT_FAILED, 0.0)
+    assert cause in killed.feedback
+    assert (after.kind, after.score) == (VerdictKind.SCORED, 0.5)
+
+
+@pytest.mark.parametrize(("text", "cause"), [("nan", "not finite"), ("text", "is a str"), ("raise", "KeyError: 'x'")])
+def test_what_is_no_score_is_typed_on_this_side_of_the_process(isolated: Any, text: str, cause: str) -> None:
+    judge = Judge(isolated(), decode=lambda responses: [text], config=JudgeConfig())
+    (verdict,) = asyncio.run(judge(PROMPT, [EMPTY]))
+    assert (verdict.kind, verdict.score) == (VerdictKind.JUDGE_FAILED, None)
+    assert cause in verdict.feedback and "'p7'" in verdict.feedback.splitlines()[0]
 
 
 def test_a_pattern_that_never_ends_is_ended(isolated: Any) -> None:

@@ -1,0 +1,1 @@
+"""Who should exist, who does, and what is done about the difference."""

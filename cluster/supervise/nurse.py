@@ -1,0 +1,39 @@
+"""Looks at processes of one machine, and ends them. On other machines than the driver's it is an actor."""
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from millrace.cluster.supervise.policy import Vital
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def vital(pid: int) -> Vital | None:
+    """What the system says of a process; None where there is none, or it is dead and only not yet reaped.
+
+    >>> vital(os.getpid()).stopped
+    False
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    if fields[0] in "ZX":
+        return None
+    return Vital(stopped=fields[0] in "Tt", cpu_s=(int(fields[11]) + int(fields[12])) / TICKS)
+
+
+class Nurse:
+    """Of one machine."""
+
+    async def look(self, pid: int) -> Vital | None:
+        """See `vital`."""
+        return vital(pid)
+
+    async def end(self, pid: int) -> None:
+        """Kill a process; one that is stopped, too."""
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

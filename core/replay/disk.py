@@ -1,0 +1,400 @@
+"""The journal on disk: records and facts in one SQLite file, payloads in Arrow segments beside it.
+
+A payload is written when it is stored; its row, and every record, with the next `flush`, in one transaction. So after
+a kill there is no row without what it names, and what the last segment holds beyond its rows is cut off. A thread makes
+it survive a loss of power as well, a moment later.
+"""
+
+import json
+import sqlite3
+import weakref
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+from millrace.core import schema
+from millrace.core.errors import JournalError, PayloadError
+from millrace.core.failpoint import reach
+from millrace.core.replay import ledger_file, rollouts, segments
+from millrace.core.replay.journal import JournalConfig, Location, Outcome, Record
+from millrace.core.replay.segments import Place, Segments
+from millrace.core.replay.syncer import Syncer
+
+_RECORD = "insert into records (record, crc32) values (?, ?)"
+_PACK = "insert into packs values (?, ?, ?, ?, ?, ?, ?)"
+_OUTCOME = "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_LIVE = """
+select pack, segment, offset, length, crc32, rows, kept from packs
+where rows > (select count(*) from outcomes where outcomes.pack = packs.pack)
+"""
+_ENCODE = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+_AT_ONCE = 256  # packs whose facts an export reads at a time
+
+
+class DiskJournal:
+    """Survives a kill of its process: implements `Journal`."""
+
+    def __init__(self, directory: str | Path, config: JournalConfig) -> None:
+        """Args: the run directory. Nothing is opened before `records`, so that it can go to another process."""
+        self._directory = Path(directory)
+        self._config = config
+        self._connection: sqlite3.Connection | None = None
+        self.damage: list[str] = []
+
+    # -- records
+
+    def records(self) -> Iterator[Record]:
+        """Open the files, repair what a crash left, and give every record.
+
+        Raises:
+            LedgerError: another process has them open, or a newer version of millrace wrote them.
+            ConfigError: they are on a network file system.
+            JournalError: the ledger is damaged, or the disk is full.
+        """
+        self.close()
+        self._lock = RLock()
+        self._connection = ledger_file.opened(self._directory)
+        try:
+            texts = self._read_records()
+            self._open_segments()
+        except BaseException:
+            self._connection.close()
+            self._connection = None
+            raise
+        return map(json.loads, texts)
+
+    def _read_records(self) -> list[str]:
+        path, texts = self._path, []
+        with ledger_file.in_words(path):
+            for number, text, crc32 in self._sql("select number, record, crc32 from records order by number"):
+                if zlib.crc32(text.encode()) != crc32:
+                    raise ledger_file.damaged(path, f"record {number} has another checksum than when it was written")
+                texts.append(text)
+        self._pending_records: list[tuple[str, int]] = []
+        self._behind = len(texts)
+        return texts
+
+    def _open_segments(self) -> None:
+        folder = self._directory / segments.FOLDER
+        self._places: dict[int, Place] = {}
+        self._rows: dict[int, set[int]] = {}
+        self._needed: Counter[int] = Counter()  # segment that may go -> rows of it that are still needed
+        self._pending_packs: list[tuple[int, ...]] = []
+        self._pending_outcomes: list[tuple[Any, ...]] = []
+        self._gone: list[int] = []  # segments that nobody needs, until their rows are gone too
+        self._cache: OrderedDict[int, bytes] = OrderedDict()
+        self._cached_bytes = 0
+        with ledger_file.in_words(self._path):
+            (last,) = self._sql("select coalesce(max(segment), -1) from packs").fetchone()
+            (given,) = self._sql(
+                "select max(cast(value as int), (select coalesce(max(pack), 0) from packs)) "
+                "from meta where key = 'packs'"
+            ).fetchone()
+            self._next = given + 1
+            for pack, segment, offset, length, crc32, rows, kept in self._sql(_LIVE):
+                self._places[pack] = Place(segment, offset, length, crc32)
+                over = {row for (row,) in self._sql("select row from outcomes where pack = ?", pack)}
+                self._rows[pack] = set(range(rows)) - over
+                if not kept:
+                    self._needed[segment] += len(self._rows[pack])
+        try:
+            folder.mkdir(exist_ok=True)
+            self._segments = Segments(folder, first=1 + max(last, *Segments(folder, first=0).numbers(), -1))
+            self._repair()
+        except OSError as caught:
+            raise ledger_file.unwritable(folder, caught, len(segments.HEAD)) from caught
+        self._syncer = Syncer(self._path, self._config.fsync_s, self.damage)
+        weakref.finalize(self, self._syncer.stop)
+
+    def _repair(self) -> None:
+        """Seal what an earlier life left open, free what nobody needs, and say what is missing."""
+        there = self._segments.numbers()
+        with ledger_file.in_words(self._path):
+            known = {number for (number,) in self._sql("select distinct segment from packs")}
+            free = {
+                number for (number,) in self._sql("select segment from packs group by segment having not max(kept)")
+            }
+        for number in sorted(known - set(there)):
+            self.damage.append(f"{self._segments.path(number)} is gone; what was needed of it is drawn again")
+        for number, path in there.items():
+            if number in free and not self._needed[number]:
+                self._gone.append(number)
+            elif number not in known and not path.name.startswith("_"):
+                self.damage.append(f"{path} holds rollouts that {self._path} does not know")
+            elif not segments.sealed(path) and (why := segments.seal(path, self._in_segment(number))):
+                self.damage.append(f"{path} cannot be made an Arrow file: {why}; what can be read of it is used")
+
+    def _in_segment(self, number: int) -> list[Place]:
+        select = "select segment, offset, length, crc32 from packs where segment = ?"
+        with ledger_file.in_words(self._path):
+            return [Place(*row) for row in self._sql(select, number)]
+
+    @property
+    def _path(self) -> Path:
+        return self._directory / ledger_file.NAME
+
+    def _sql(self, statement: str, *values: object) -> sqlite3.Cursor:
+        if self._connection is None:
+            raise JournalError(f"the journal of {self._directory} is not open: its run has ended")
+        return self._connection.execute(statement, values)
+
+    @property
+    def behind(self) -> int:
+        return self._behind
+
+    def append(self, record: Record) -> None:
+        text = _ENCODE(record)
+        self._pending_records.append((text, zlib.crc32(text.encode())))
+        self._behind += 1
+
+    def flush(self) -> None:
+        """Return when everything appended and stored so far would survive a kill of this process.
+
+        Raises:
+            JournalError: it cannot be written now. All of it is kept for the next flush.
+        """
+        if not (self._pending_records or self._pending_packs or self._pending_outcomes or self._gone):
+            return
+        reach("journal.flush.before")
+        self._transaction(self._write_pending, bytes_needed=sum(len(text) for text, _ in self._pending_records))
+        self._pending_records.clear()
+        self._pending_packs.clear()
+        self._pending_outcomes.clear()
+        reach("journal.flush.after")
+        for number in self._gone:
+            with suppress(OSError):  # the next opening finds a file without rows
+                self._segments.path(number).unlink()
+        self._gone.clear()
+        self._syncer.dirty(each.path for each in self._segments.open.values())
+
+    def _write_pending(self, connection: sqlite3.Connection) -> None:
+        pending = ((_RECORD, self._pending_records), (_PACK, self._pending_packs), (_OUTCOME, self._pending_outcomes))
+        for statement, rows in pending:
+            if rows:
+                connection.executemany(statement, rows)
+        if self._gone:  # no number of theirs is given out again
+            connection.execute("update meta set value = ? where key = 'packs'", (str(self._next - 1),))
+            connection.executemany("delete from packs where segment = ?", [(number,) for number in self._gone])
+
+    def compact(self, image: Record) -> None:
+        """Replace all records by one that stands for them all. Whole or not at all after a crash."""
+        self.flush()
+        text = _ENCODE(image)
+
+        def replace(connection: sqlite3.Connection) -> None:
+            connection.execute("delete from records")
+            connection.execute(_RECORD, (text, zlib.crc32(text.encode())))
+            reach("journal.compact")
+
+        self._transaction(replace, bytes_needed=len(text))
+        self._behind = 1
+
+    def _transaction(self, write: Any, *, bytes_needed: int) -> None:
+        """All of it or nothing."""
+        with self._lock, ledger_file.in_words(self._path, bytes_needed=bytes_needed):
+            self._sql("begin immediate")
+            connection = self._connection
+            assert connection is not None
+            try:
+                write(connection)
+                connection.execute("commit")
+            finally:
+                if connection.in_transaction:
+                    connection.execute("rollback")
+
+    # -- payloads
+
+    def store(self, pack: bytes, rows: Sequence[int]) -> list[Location]:
+        """Keep these rows of a pack; one location for each.
+
+        Raises:
+            JournalError: they cannot be written now; nothing is kept of them.
+        """
+        if not rows:
+            return []
+        reach("journal.store.before")
+        self._rotate()
+        parts = self._parts(pack, rows)
+        messages = [(kept, memoryview(part)[len(schema.MARK) :]) for kept, part, _ in parts]
+        try:
+            places = self._segments.append(messages)
+        except OSError as caught:
+            raise ledger_file.unwritable(self._segments.folder, caught, len(pack)) from caught
+        reach("journal.store.after")
+        found: dict[int, Location] = {}
+        for (kept, part, own), place in zip(parts, places, strict=True):
+            number = self._next
+            self._next += 1
+            self._pending_packs.append((number, *place, len(own), int(kept)))
+            self._places[number] = place
+            self._rows[number] = set(range(len(own)))
+            if not kept:
+                self._needed[place.segment] += len(own)
+            self._remember(number, part)
+            found |= {row: (number, at) for at, row in enumerate(own)}
+        return [found[row] for row in rows]
+
+    def _parts(self, pack: bytes, rows: Sequence[int]) -> list[tuple[bool, bytes, Sequence[int]]]:
+        """What stays and what may go, each as a pack of its own; the pack itself where that is all of it."""
+        batch = schema.read(pack)
+        if self._config.keep_rollouts == "sample":
+            draws, every = batch.column("draw").to_pylist(), self._config.sample_every
+            kinds = [(kept, [row for row in rows if (draws[row] % every == 0) == kept]) for kept in (True, False)]
+        else:
+            kinds = [(self._config.keep_rollouts == "all", list(rows))]
+        whole = list(range(batch.num_rows))
+        return [
+            (kept, pack if own == whole else schema.select([(pack, row) for row in own]), own)
+            for kept, own in kinds
+            if own
+        ]
+
+    def _rotate(self) -> None:
+        for kept in self._segments.full(self._config.segment_bytes):
+            self.flush()  # the thread that seals it knows its packs from the rows
+            self._close_segment(kept)
+
+    def _close_segment(self, kept: bool) -> None:
+        segment = self._segments.close(kept)
+        if not kept and not self._needed[segment.number]:
+            self._gone.append(segment.number)
+        else:
+            self._syncer.seal(segment.path, self._in_segment(segment.number))
+
+    def load(self, location: Location) -> tuple[bytes, int]:
+        """The pack that holds the row, and its number in it.
+
+        Raises:
+            PayloadError: it is gone or damaged.
+        """
+        number, row = location
+        if row not in self._rows.get(number, ()):
+            raise PayloadError(f"row {row} of pack {number} is not in {self._segments.folder}")
+        pack = self._cache.get(number)
+        if pack is None:
+            try:
+                pack = self._segments.read(self._places[number])
+            except (OSError, ValueError) as caught:
+                segment = self._places[number].segment
+                path = self._segments.path(segment)
+                self.damage.append(f"{path} does not give pack {number} back: {caught}; its groups are drawn again")
+                self._segments.leave(segment)
+                del self._rows[number]
+                raise PayloadError(self.damage[-1]) from caught
+            self._remember(number, pack)
+        self._cache.move_to_end(number)
+        return pack, row
+
+    def _remember(self, number: int, pack: bytes) -> None:
+        self._cache[number] = pack
+        self._cached_bytes += len(pack)
+        while self._cached_bytes > self._config.cache_bytes and len(self._cache) > 1:
+            self._cached_bytes -= len(self._cache.popitem(last=False)[1])
+
+    def holds(self, location: Location) -> bool:
+        """Whether the row is there and whole: it was stored, survived, and was not forgotten."""
+        try:
+            self.load(location)
+        except PayloadError:
+            return False
+        return True
+
+    def forget(self, outcome: Outcome) -> None:
+        """The group's payload is needed no more; its facts are written with the next flush."""
+        (number, row), place = outcome.location, self._places.get(outcome.location[0])
+        facts = [value if isinstance(value, int | str) else _ENCODE(value) for value in outcome[1:]]
+        self._pending_outcomes.append((number, row, *facts))
+        rows = self._rows.get(number)
+        if rows is None or place is None or row not in rows:
+            return
+        rows.remove(row)
+        if place.segment in self._needed:
+            self._needed[place.segment] -= 1
+            self._free(place.segment)
+        if not rows:
+            del self._rows[number], self._places[number]
+            if number in self._cache:
+                self._cached_bytes -= len(self._cache.pop(number))
+
+    def _free(self, number: int) -> None:
+        """A segment goes, with the next flush, when nobody needs a row of it and none is written to it."""
+        if not self._needed[number] and number not in {each.number for each in self._segments.open.values()}:
+            del self._needed[number]
+            self._gone.append(number)
+
+    # -- the end
+
+    def export(self, live: Sequence[Outcome]) -> int:
+        """Write every rollout that is kept to `rollouts.parquet`. Returns its rows.
+
+        Args:
+            live: the groups whose fate is not final.
+        Raises:
+            JournalError: the disk is full, or the ledger is damaged.
+        """
+        path = self._directory / rollouts.NAME
+        try:
+            return rollouts.write(path, self._packs(live))
+        except OSError as caught:
+            raise ledger_file.unwritable(path, caught, self._segments.bytes) from caught
+
+    def _packs(self, live: Sequence[Outcome]) -> Iterator[tuple[bytes, list[Outcome]]]:
+        """Every pack that can be read, with the fates of its groups, in the order they were written."""
+        alive: dict[int, list[Outcome]] = {}
+        for outcome in live:
+            alive.setdefault(outcome.location[0], []).append(outcome)
+        last = -1
+        while places := self._page(last):
+            last = max(places)
+            over = self._fates(min(places), last)
+            for number, place in places.items():
+                outcomes = over.get(number, []) + alive.get(number, [])
+                if not outcomes:
+                    continue
+                try:
+                    pack = self._segments.read(place)
+                except (OSError, ValueError) as caught:
+                    self.damage.append(f"{self._segments.path(place.segment)}: pack {number} is left out: {caught}")
+                    continue
+                yield pack, outcomes
+
+    def _page(self, last: int) -> dict[int, Place]:
+        select = "select pack, segment, offset, length, crc32 from packs where pack > ? order by pack limit ?"
+        with self._lock, ledger_file.in_words(self._path):
+            return {number: Place(*place) for number, *place in self._sql(select, last, _AT_ONCE)}
+
+    def _fates(self, first: int, last: int) -> dict[int, list[Outcome]]:
+        """Of the groups in these packs."""
+        select = (
+            "select pack, row, draw, attempt, state, steps, rule, verdicts, lags from outcomes "
+            "where pack between ? and ? order by pack, row"
+        )
+        found: dict[int, list[Outcome]] = {}
+        with self._lock, ledger_file.in_words(self._path):
+            for pack, row, draw, attempt, state, steps, rule, verdicts, lags in self._sql(select, first, last):
+                facts = (draw, attempt, state, tuple(json.loads(steps)), rule, json.loads(verdicts))
+                found.setdefault(pack, []).append(Outcome((pack, row), *facts, tuple(json.loads(lags))))
+        return found
+
+    def close(self) -> None:
+        """Write what is pending, seal the segments, and let another process open the files.
+
+        Raises:
+            JournalError: the disk is full. It is closed all the same; what was accepted before stays.
+        """
+        if self._connection is None:
+            return
+        try:
+            self.flush()
+            for kept in self._segments.open:
+                self._close_segment(kept)
+            self.flush()
+        finally:
+            self._syncer.stop()
+            with ledger_file.in_words(self._path):
+                self._connection.close()
+            self._connection = None

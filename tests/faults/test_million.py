@@ -1,0 +1,34 @@
+"""A million states of the ledger's small worlds, with every death of the queue's process among them."""
+
+import multiprocessing
+import os
+
+import pytest
+
+from tests.core.replay.explorer import explore
+from tests.core.replay.scenarios import LARGE, SCENES
+
+TARGET = int(os.environ.get("MILLRACE_EXPLORER_VISITS", "1000000"))
+PROCESSES = 2
+
+
+def explored(task: tuple[str, int]) -> tuple[str, int, int, list[tuple]]:
+    """Scene, states seen, transitions made, traces to states from which a run cannot end."""
+    name, visits = task
+    found = explore((SCENES | LARGE)[name], limit=visits, visits=visits)
+    return name, found.visited, found.transitions, found.stuck
+
+
+@pytest.mark.faults
+def test_a_million_states_keep_the_invariants_and_can_end() -> None:
+    """What breaks an invariant is raised with its trace. What small scenes have too little of, large ones add."""
+    slow_first = sorted(SCENES, key=lambda name: not name.startswith("queue dies"))
+    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+        found = list(pool.imap_unordered(explored, [(name, TARGET // len(SCENES)) for name in slow_first]))
+        short = TARGET - sum(visited for _, visited, _, _ in found)
+        found += pool.imap_unordered(explored, [(name, short // len(LARGE) + 1) for name in LARGE] if short > 0 else [])
+    stuck = {name: traces[0] for name, _, _, traces in found if traces}
+    assert not stuck, f"a run cannot end: {stuck}"
+    states, transitions = (sum(column) for column in ([row[1] for row in found], [row[2] for row in found]))
+    print(f"{states} states, {transitions} transitions, {len(found)} scenes")
+    assert states >= TARGET
