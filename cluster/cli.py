@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("name", metavar="NAME", help="as grpo, clip, surrogates.clip, or the path of a recipe")
     report = commands.add_parser("report", help="write report.html of a run")
     report.add_argument("id", metavar="RUN", help=ID)
+    rollouts = commands.add_parser("rollouts", help="write rollouts.parquet of a run that was stopped or failed")
+    rollouts.add_argument("id", metavar="RUN", help=ID)
     return top
 
 

@@ -113,6 +113,12 @@ def report(given: Namespace) -> None:
     print(import_module("millrace.cluster.report.build").write(Job.attach(given.id).directory))
 
 
+def rollouts(given: Namespace) -> None:
+    """Write rollouts.parquet."""
+    path, rows = import_module("millrace.cluster.rollouts").write(Job.attach(given.id).directory)
+    print(f"{path}: {rows} rollouts")
+
+
 def _watch(job: Job, *, plain: bool, ours: bool) -> None:
     """Show a run until it has ended. If it is ours, the first Ctrl-C ends it in order, the second at once."""
     interrupts = 0

@@ -28,6 +28,7 @@ class History:
         self._quarantined = 0
         self._blamed: list[str] = []
         self._damage: set[str] = set()
+        self._versions: dict[int, int] = {}  # step -> published after it
         self.rows: list[Row] = []  # of all steps, those of earlier incarnations first
         self.held_out: list[dict[str, Any]] = []  # and of all evaluations
         self.resumed_at = 0
@@ -88,12 +89,16 @@ class History:
         kept = self._record.rewind(step)
         self._rollouts.rewind(step)
         self.rows = [each for each in kept if "held_out" not in each]
+        self._versions = {each["step"]: each["version"] for each in self.rows}
         self.held_out = [each["held_out"] for each in kept if "held_out" in each]
 
     def _made(self, report: StepReport, tokens: Mapping[str, int]) -> None:
+        if self._versions.get(report.step) == report.version:
+            return  # of a checkpoint that the learner was restored from
         if self.rows and self.rows[-1]["step"] >= report.step:
             self._rewind(report.step - 1)
         self._rollouts.write(report.samples)
+        self._versions[report.step] = report.version
         self.rows.append({"step": report.step, **plain(row(report, tokens=tokens))})
         self._record.metrics(report.step, self.rows[-1])
 

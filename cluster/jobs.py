@@ -115,6 +115,7 @@ def execute(
     say(str(plan))
     try:
         if local:
+            _refuse_two_engines(plan)
             with _reported(plan, say):
                 return asyncio.run(_driven(plan, snapshot, here, resume, say, brake))
         with ray_cluster(address), _reported(plan, say):
@@ -129,6 +130,17 @@ def execute(
     except BaseException as caught:
         _failed(snapshot, caught)
         raise
+
+
+def _refuse_two_engines(plan: Plan) -> None:
+    """vLLM keeps what it computes with in its process: two engines there overwrite each other's."""
+    engines = plan.config.generation.workers + bool(plan.held_out)
+    if engines > 1 and str(plan.engine["name"]).startswith("vllm"):
+        raise ConfigError(
+            f"a local run is one process, and {engines} vLLM engines (generation.workers = "
+            f"{plan.config.generation.workers}" + (", and the held-out evaluation's" if plan.held_out else "") + ") "
+            "cannot share one: leave out --local, or take the engine transformers"
+        )
 
 
 def _failed(snapshot: Snapshot, why: BaseException) -> None:

@@ -5,7 +5,7 @@
                                                       then has them merged, for others; a learner resumes from these
                       learner/optimiser.safetensors   moments, count of steps, random number generators
                       learner/reference.safetensors   of a reference that follows the policy
-                      learner/state.json              step, version, epoch, memory of methods
+                      learner/state.json              step, version, epoch, memory of methods, reports of the steps
                       files.json                      size and SHA-256 of all files; its own SHA-256 is THE digest
 
 These parts have folders of their own because vLLM reads every safetensors file beside the config.
@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,9 @@ class LearnerState:
     seed: int
     reward: float = 0.0  # mean of the step's batch; what `best` is measured by
     memory: Mapping[str, Any] = field(default_factory=dict)  # of methods that have one; plain JSON values
+    reports: Sequence[Mapping[str, Any]] = field(
+        default_factory=list
+    )  # of the steps since the commit before, as learner/report.py has them
     base: str | None = None  # identity of the weights that adapters belong to; None: all weights are trained
 
 

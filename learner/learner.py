@@ -39,7 +39,7 @@ from millrace.learner.optimiser import Optimiser
 from millrace.learner.phases import Phases
 from millrace.learner.publish import Publisher
 from millrace.learner.reference import move
-from millrace.learner.report import LearnerStatus, StepReport, report_of
+from millrace.learner.report import LearnerStatus, StepReport, of_plain, report_of, to_plain
 from millrace.learner.step import Interrupted, StepNumbers, Steps, make_steps
 
 T = TypeVar("T")
@@ -111,6 +111,7 @@ class Learner:
         self._committed: list[tuple[str, float]] = []  # directory, mean reward
         self._since_commit: list[float] = []  # mean reward of each step
         self._reports: list[StepReport] = []
+        self._saved = 0  # of them are in a checkpoint
         self._events: list[Mapping[str, Any]] = []
         self._weights = ""  # sha256 of the last published
 
@@ -151,7 +152,10 @@ class Learner:
         )
 
     async def reports(self, *, after: int) -> Sequence[StepReport]:
-        """Of all steps that this incarnation made but the first `after`, whose rollouts are then forgotten."""
+        """Of the steps since the commit before the one resumed from, and of all that this incarnation made.
+
+        The first `after` are left out, and their rollouts are forgotten.
+        """
         for at in range(after - 1, -1, -1):
             if not self._reports[at].samples:
                 break
@@ -215,6 +219,8 @@ class Learner:
                 f" {resumption.step}: they are of different runs; give the run its own checkpoint directory"
             )
         self._batches.restore(state.memory)
+        self._reports = [of_plain(each) for each in state.reports]  # whoever asked for them last may not have got them
+        self._saved = len(self._reports)
         self._committed = retention.surviving(self._directory, resumption.directory)
 
     async def _one_step(self) -> None:
@@ -241,22 +247,16 @@ class Learner:
         self._step += 1
         await self._publish()
         self._since_commit.append(assembled.reward)
-        if self._step % self._config.checkpoint_every == 0:
-            await self._commit()
-        self._phases.enter("waiting")
-        report = report_of(
-            batch,
-            assembled,
-            numbers,
-            self._phases,
-            step=self._step,
-            version=self._version,
-            weights=self._weights,
-            samples=self._config.samples_per_step,
+        now: dict[str, Any] = {"step": self._step, "version": self._version, "weights": self._weights}
+        report = partial(
+            report_of, batch, assembled, numbers, self._phases, samples=self._config.samples_per_step, **now
         )
-        self._reports.append(report)
+        if self._step % self._config.checkpoint_every == 0:
+            await self._commit(report())
+        self._phases.enter("waiting")
+        self._reports.append(report())
         if self._on_step is not None:
-            await self._on_step(report)
+            await self._on_step(self._reports[-1])
 
     async def _learn_from_a_batch(self) -> tuple[Batch, Assembled, StepNumbers] | None:
         """The step's batch, learnt from. Groups that cannot be leave it, and others take their places."""
@@ -323,12 +323,17 @@ class Learner:
         await self._ask("publish", lambda: self._store.publish(manifest, buffer))
         await self._ask("announce", lambda: self._queue.announce(version=self._version, epoch=self._epoch))
 
-    async def _commit(self, *, last: bool = False) -> None:
-        """Write a checkpoint and have the ledger point to it. Without room for it the run goes on to the next one."""
+    async def _commit(self, made: StepReport | None = None, *, last: bool = False) -> None:
+        """Write a checkpoint and have the ledger point to it. Without room for it the run goes on to the next one.
+
+        Args:
+            made: the report of the step that was just made, as far as it is known.
+        """
         self._phases.enter("committing")
+        reports = self._reports[self._saved :] + ([made] if made else [])
         reward = sum(self._since_commit) / len(self._since_commit)
         try:
-            saved = await self._in_thread(partial(self._save, reward))
+            saved = await self._in_thread(partial(self._save, reward, reports))
         except DiskFullError as caught:
             if last:
                 raise
@@ -343,6 +348,7 @@ class Learner:
         )
         reach("learner.commit.after")
         self._since_commit.clear()
+        self._saved = len(self._reports) + (made is not None)
         self._committed.append((saved.directory, reward))
         needed = (await self._ask("status", self._queue.status)).commits
         keep, epoch = self._config.checkpoint_keep, self._epoch
@@ -350,7 +356,7 @@ class Learner:
             partial(retention.retain, self._directory, self._committed, keep=keep, needed=needed, epoch=epoch)
         )
 
-    def _save(self, reward: float) -> Saved:
+    def _save(self, reward: float, reports: Sequence[StepReport]) -> Saved:
         state = LearnerState(
             step=self._step,
             version=self._version,
@@ -358,14 +364,10 @@ class Learner:
             seed=self._config.seed,
             reward=reward,
             memory=self._batches.saved(),
+            reports=[to_plain(each) for each in reports],
         )
-        return checkpoint.save(
-            self._directory,
-            state,
-            policy=self.policy,
-            tokenizer=self._tokenizer,
-            optimiser=self._optimiser,
-        )
+        parts = {"policy": self.policy, "tokenizer": self._tokenizer, "optimiser": self._optimiser}
+        return checkpoint.save(self._directory, state, **parts)
 
     @property
     def _stopping(self) -> bool:

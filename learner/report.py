@@ -1,13 +1,14 @@
 """What the learner tells the outside: a report per step, and its status at any time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from millrace.learner.assemble import Assembled
 from millrace.learner.batches import Batch
 from millrace.learner.phases import Phases, idle
 from millrace.learner.samples import SampledRollout, pick
-from millrace.learner.step import StepNumbers
+from millrace.learner.step import LagNumbers, StepNumbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,3 +109,15 @@ def report_of(
             advantages=assembled.advantages,
         ),
     )
+
+
+def to_plain(report: StepReport) -> dict[str, Any]:
+    """As JSON holds it, without its rollouts."""
+    return asdict(replace(report, samples=()))
+
+
+def of_plain(plain: Mapping[str, Any]) -> StepReport:
+    """What `to_plain` gave."""
+    numbers = dict(plain["numbers"])
+    by_lag = {int(lag): LagNumbers(**each) for lag, each in numbers.pop("by_lag").items()}
+    return StepReport(**{**plain, "numbers": StepNumbers(by_lag=by_lag, **numbers), "samples": ()})

@@ -26,8 +26,18 @@ def vital(pid: int) -> Vital | None:
     return Vital(stopped=fields[0] in "Tt", cpu_s=(int(fields[11]) + int(fields[12])) / TICKS)
 
 
+def oom_kills() -> int:
+    """Processes that the system ended for want of memory since it was started, of the machine or of a cgroup."""
+    words = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(words.get("oom_kill", 0))  # kernels before 4.13 do not count
+
+
 class Nurse:
     """Of one machine."""
+
+    async def oom_kills(self) -> int:
+        """See `oom_kills`."""
+        return oom_kills()
 
     async def look(self, pid: int) -> Vital | None:
         """See `vital`."""

@@ -12,7 +12,7 @@ had leased is leased to others at once; what it comes back as must join anew and
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -69,6 +69,7 @@ class Component:
     restarts: int = 0
     since_s: float = field(default_factory=time.time)  # in this state, unix
     cause: str = ""  # of its last loss
+    oom_kills: int = 0  # of its machine, when it began to serve
     answered_at: float | None = None  # on the supervisor's clock
     lost_at: float | None = None  # the same, while it is lost
 
@@ -198,6 +199,8 @@ class Supervisor:
                 ping.cancel()
             each.answered_at = self._clock()
             watch.answered(each.answered_at)
+            if each.state == "starting":
+                each.oom_kills = await self._spawn.nurse(each.node).oom_kills()
             self._serves(each)
             await asyncio.sleep(PING_S)
 
@@ -233,6 +236,7 @@ class Supervisor:
             ComponentLost: the budget is spent.
         """
         each.lost_at = self._clock() if each.lost_at is None else each.lost_at
+        loss = replace(loss, cause=await self._explained(each, loss.cause))
         ending = self.ending(each.name)
         if each.name in self._made:
             self._spawn.end(each.name)
@@ -260,6 +264,23 @@ class Supervisor:
             f"in {delay_s:.1f} s"
         )
         return delay_s
+
+    async def _explained(self, each: Component, cause: str) -> str:
+        """The cause of a loss, and whether the system ended processes for want of memory meanwhile."""
+        if not each.pid:
+            return cause
+        try:
+            with boundary(f"asking the machine of {each.name}"):
+                nurse = self._spawn.nurse(each.node)
+                kills = await asyncio.wait_for(nurse.oom_kills(), LOOK_S) - each.oom_kills
+        except MillraceError:  # the machine is gone, too
+            return cause
+        if kills <= 0:
+            return cause
+        return (
+            f"{cause}; meanwhile its machine ran out of memory, and the system ended {kills} of its processes: give "
+            "the run more memory, or lower learner.token_budget, generation.slots or journal.cache_bytes"
+        )
 
     def _given_up(self, each: Component, loss: Loss) -> str:
         config = self._config

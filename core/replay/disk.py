@@ -85,7 +85,6 @@ class DiskJournal:
         self._needed: Counter[int] = Counter()  # segment that may go -> rows of it that are still needed
         self._pending_packs: list[tuple[int, ...]] = []
         self._pending_outcomes: list[tuple[Any, ...]] = []
-        self._gone: list[int] = []  # segments that nobody needs, until their rows are gone too
         self._cache: OrderedDict[int, bytes] = OrderedDict()
         self._cached_bytes = 0
         with ledger_file.in_words(self._path):
@@ -114,16 +113,15 @@ class DiskJournal:
         """Seal what an earlier life left open, free what nobody needs, and say what is missing."""
         there = self._segments.numbers()
         with ledger_file.in_words(self._path):
-            known = {number for (number,) in self._sql("select distinct segment from packs")}
-            free = {
-                number for (number,) in self._sql("select segment from packs group by segment having not max(kept)")
-            }
-        for number in sorted(known - set(there)):
+            known = dict(self._sql("select segment, max(kept) from packs group by segment order by segment"))
+        # Segments that nobody needs, until their rows are gone too.
+        self._gone = [number for number, kept in known.items() if not kept and not self._needed[number]]
+        for number in sorted(known.keys() - there.keys() - set(self._gone)):
             self.damage.append(f"{self._segments.path(number)} is gone; what was needed of it is drawn again")
         for number, path in there.items():
-            if number in free and not self._needed[number]:
-                self._gone.append(number)
-            elif number not in known and not path.name.startswith("_"):
+            if number in self._gone:
+                continue
+            if number not in known and not path.name.startswith("_"):
                 self.damage.append(f"{path} holds rollouts that {self._path} does not know")
             elif not segments.sealed(path) and (why := segments.seal(path, self._in_segment(number))):
                 self.damage.append(f"{path} cannot be made an Arrow file: {why}; what can be read of it is used")
@@ -161,14 +159,11 @@ class DiskJournal:
             return
         reach("journal.flush.before")
         self._transaction(self._write_pending, bytes_needed=sum(len(text) for text, _ in self._pending_records))
-        self._pending_records.clear()
-        self._pending_packs.clear()
-        self._pending_outcomes.clear()
+        for pending in (self._pending_records, self._pending_packs, self._pending_outcomes):
+            pending.clear()
         reach("journal.flush.after")
-        for number in self._gone:
-            with suppress(OSError):  # the next opening finds a file without rows
-                self._segments.path(number).unlink()
-        self._gone.clear()
+        if self._gone:
+            self._delete_segments()
         self._syncer.dirty(each.path for each in self._segments.open.values())
 
     def _write_pending(self, connection: sqlite3.Connection) -> None:
@@ -176,9 +171,18 @@ class DiskJournal:
         for statement, rows in pending:
             if rows:
                 connection.executemany(statement, rows)
-        if self._gone:  # no number of theirs is given out again
+
+    def _delete_segments(self) -> None:
+        """Their files, then their rows, which say until then that nobody needs them."""
+        gone = [number for number in self._gone if self._syncer.remove(self._segments.path(number))]
+
+        def forget(connection: sqlite3.Connection) -> None:  # no number of theirs is given out again
             connection.execute("update meta set value = ? where key = 'packs'", (str(self._next - 1),))
-            connection.executemany("delete from packs where segment = ?", [(number,) for number in self._gone])
+            connection.executemany("delete from packs where segment = ?", [(number,) for number in gone])
+
+        with suppress(JournalError):  # the next flush, or the next opening, does it
+            self._transaction(forget, bytes_needed=4096)
+            self._gone = [number for number in self._gone if number not in gone]
 
     def compact(self, image: Record) -> None:
         """Replace all records by one that stands for them all. Whole or not at all after a crash."""
@@ -196,9 +200,7 @@ class DiskJournal:
     def _transaction(self, write: Any, *, bytes_needed: int) -> None:
         """All of it or nothing."""
         with self._lock, ledger_file.in_words(self._path, bytes_needed=bytes_needed):
-            self._sql("begin immediate")
-            connection = self._connection
-            assert connection is not None
+            connection = self._sql("begin immediate").connection
             try:
                 write(connection)
                 connection.execute("commit")
@@ -280,8 +282,8 @@ class DiskJournal:
                 pack = self._segments.read(self._places[number])
             except (OSError, ValueError) as caught:
                 segment = self._places[number].segment
-                path = self._segments.path(segment)
-                self.damage.append(f"{path} does not give pack {number} back: {caught}; its groups are drawn again")
+                what = f"{self._segments.path(segment)} does not give pack {number} back: {caught}"
+                self.damage.append(f"{what}; its groups are drawn again")
                 self._segments.leave(segment)
                 del self._rows[number]
                 raise PayloadError(self.damage[-1]) from caught
@@ -352,8 +354,7 @@ class DiskJournal:
             last = max(places)
             over = self._fates(min(places), last)
             for number, place in places.items():
-                outcomes = over.get(number, []) + alive.get(number, [])
-                if not outcomes:
+                if not (outcomes := over.get(number, []) + alive.get(number, [])):
                     continue
                 try:
                     pack = self._segments.read(place)
@@ -393,6 +394,8 @@ class DiskJournal:
             for kept in self._segments.open:
                 self._close_segment(kept)
             self.flush()
+            self._syncer.stop()
+            self.flush()  # what was being sealed can be deleted now
         finally:
             self._syncer.stop()
             with ledger_file.in_words(self._path):

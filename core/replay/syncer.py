@@ -22,6 +22,7 @@ class Syncer:
         self._change = Condition()
         self._dirty: set[Path] = set()
         self._full: list[tuple[Path, Sequence[Place]]] = []
+        self._sealing: Path | None = None
         self._ended = False
         self._thread = Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -40,6 +41,20 @@ class Syncer:
             self._full.append((path, places))
             self._change.notify()
 
+    def remove(self, path: Path) -> bool:
+        """Delete a segment, which need not be sealed any more. False: it is being sealed at this moment."""
+        names = {path.with_name(path.name.lstrip("_")), path.with_name("_" + path.name.lstrip("_"))}
+        with self._change:
+            if self._sealing in names:
+                return False
+            self._full = [each for each in self._full if each[0] not in names]
+            try:
+                for name in names:
+                    name.unlink(missing_ok=True)
+            except OSError:
+                return False
+        return True
+
     def stop(self) -> None:
         """Return when everything given so far is done."""
         with self._change:
@@ -52,15 +67,22 @@ class Syncer:
         while not ended:
             with self._change:
                 self._change.wait_for(lambda: self._dirty or self._full or self._ended)
-                ended, dirty, full = self._ended, self._dirty, self._full
-                self._dirty, self._full = set(), []
-            for path, places in full:
-                self._attempt(path, places)
+                ended, dirty = self._ended, self._dirty
+                self._dirty = set()
+            while (segment := self._next()) is not None:
+                self._attempt(*segment)
             for path in sorted(dirty, key=lambda path: path == self._log):
                 self._attempt(path, None)
             if not ended:
                 with self._change:
                     self._change.wait_for(lambda: self._ended, self._every_s)
+
+    def _next(self) -> tuple[Path, Sequence[Place]] | None:
+        """The segment to be sealed now."""
+        with self._change:
+            segment = self._full.pop(0) if self._full else None
+            self._sealing = segment[0] if segment else None
+            return segment
 
     def _attempt(self, path: Path, places: Sequence[Place] | None) -> None:
         """What does not work is said, and left: the next opening seals it, and a kill alone loses nothing."""

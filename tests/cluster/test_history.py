@@ -88,12 +88,23 @@ def test_what_a_restarted_learner_makes_again_replaces_what_was_recorded(
     parts.steps = [made(step, 0.1) for step in (1, 2, 3, 4)]
     collect(history, parts)
     history.lost("learner")
-    parts.steps = [made(3, 0.7)]
+    parts.steps = [replace(made(3, 0.7), version=9)]
     collect(history, parts)
-    parts.steps.append(made(4, 0.8))
+    parts.steps.append(replace(made(4, 0.8), version=10))
     collect(history, parts)
     assert [(row["step"], row["reward/mean"]) for row in rows(tmp_path)] == [(1, 0.1), (2, 0.1), (3, 0.7), (4, 0.8)]
     assert [row["reward/mean"] for row in history.rows] == [0.1, 0.1, 0.7, 0.8]
+
+
+def test_reports_that_a_killed_learner_took_along_come_from_its_checkpoint(
+    history: History, parts: Parts, tmp_path: Path
+) -> None:
+    parts.steps = [made(1, 0.1), made(2, 0.2)]
+    collect(history, parts)
+    history.lost("learner")
+    parts.steps = [made(2, 0.9), made(3, 0.3), made(4, 0.4)]  # of its checkpoint: the second is known already
+    collect(history, parts)
+    assert [(row["step"], row["reward/mean"]) for row in rows(tmp_path)] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
 
 
 def test_a_restart_of_another_component_repeats_nothing(history: History, parts: Parts, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millrace.cluster import jobs
 from millrace.cluster.cli import main
+from millrace.cluster.plan import make_plan
 from millrace.core.errors import ConfigError, DeadlineError, EngineError, RewardError
 from tests.records import records
 
@@ -362,3 +363,10 @@ def test_every_draw_is_trained_once(ran: Any) -> None:
     taken = Counter(row[0] for record in taken_records if record["op"] == "took" for row in record["rows"])
     assert len(taken) == 10 * 16
     assert set(taken.values()) == {1}
+
+
+def test_two_vllm_engines_in_one_process_are_refused(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(make_run())
+    monkeypatch.setitem(plan.engine, "name", "vllm")  # type: ignore[arg-type]  # a dict underneath
+    with pytest.raises(ConfigError, match=r"2 vLLM engines .*held-out evaluation.*leave out --local"):
+        jobs._refuse_two_engines(plan)

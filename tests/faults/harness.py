@@ -89,7 +89,9 @@ class Scene:
         self._marker = marker
 
     @classmethod
-    def start(cls, config: RunConfig, *, at: str = "", local: bool = False, resume: bool = False) -> Self:
+    def start(
+        cls, config: RunConfig, *, at: str = "", local: bool = False, resume: bool = False, address: str | None = None
+    ) -> Self:
         """Begin it.
 
         Args:
@@ -99,7 +101,10 @@ class Scene:
         if marker is not None:
             marker.parent.mkdir(parents=True, exist_ok=True)
         with _armed(f"{at}:{marker}" if at else ""):
-            job = Job.resume(config.directory, local=local) if resume else Job.submit(config, local=local)
+            if resume:
+                job = Job.resume(config.directory, address, local=local)
+            else:
+                job = Job.submit(config, address, local=local)
         return cls(job, marker)
 
     def __enter__(self) -> Self:

@@ -62,6 +62,13 @@ async def paced(text: str, answer: str, *, gate: str) -> float:
     return float(text == answer)
 
 
+async def hungry(text: str, answer: str, *, gate: str, meal: str) -> float:
+    """As `paced`; and it takes much memory for a moment, where the file of the meal says so."""
+    if Path(meal).exists():
+        assert sum(bytearray(b"1") * (64 * 2**20)) > 0
+    return await paced(text, answer, gate=gate)
+
+
 def kills_its_process(text: str, answer: str, prompt: str) -> float:
     if prompt == POISON:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,7 @@
 """A learner that is killed anywhere is followed by one that makes the same steps again, to the bit."""
 
+import asyncio
+
 import pytest
 
 from millrace.core.recipe import Updates
@@ -103,3 +105,20 @@ def test_groups_whose_loss_is_not_finite_leave_the_step_again(tmp_path, table_di
     world = World(tmp_path / "cut", table_dir, kills=kills, **settings).run()
     same_again(world, whole, steps=6)
     assert {event["kind"] for event in world.events} == {"step skipped"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "first"),
+    [
+        (("learner.commit.after", 1), 1),
+        (("learner.step.after", 4), 1),
+        (("learner.commit.before", 2), 1),
+        (("learner.commit.after", 2), 3),
+    ],
+)
+def test_reports_that_nobody_fetched_come_with_the_checkpoint(tmp_path, table_dir, phase, first):
+    world = World(tmp_path, table_dir, kills=(phase,)).run()
+    reports = asyncio.run(world.learners[1].reports(after=0))
+    assert [report.step for report in reports] == list(range(first, 7))
+    digests = world.surviving()
+    assert all(report.weights == digests[report.step] for report in reports)

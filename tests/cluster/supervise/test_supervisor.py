@@ -51,6 +51,7 @@ class World:
     """A supervisor, what it told, and the processes it made."""
 
     def __init__(self, life, *, config=FAST, name="generation-0"):
+        self.oom_kills = 4
         self.processes, self.told, self.said, self.fenced, self.lost, self.ended = [], [], [], [], [], []
 
         def make():
@@ -68,6 +69,9 @@ class World:
         class Nurse:
             async def look(_, pid):
                 return Vital(True, 1.0)
+
+            async def oom_kills(_):
+                return self.oom_kills
 
             async def end(_, pid):
                 self.ended.append(pid)
@@ -122,6 +126,19 @@ def test_one_that_is_killed_is_made_anew_and_its_leases_end_at_once():
     assert world.told[0]["holds"] == ["3/0"]
     assert world.lost == ["generation-0"]
     assert "restart 1 of 6" in world.said[0] and "signal 9" in world.said[0]
+
+
+def test_the_cause_says_that_memory_ran_out():
+    async def kill(world):
+        await until(lambda: world.supervisor.components["generation-0"].state == "serving")
+        world.oom_kills += 1
+        world.processes[0].dead.set()
+        await until(lambda: world.supervisor.components["generation-0"].state == "left")
+
+    world = World(second_one_ends)
+    asyncio.run(world.run(while_running=kill))
+    assert "ran out of memory, and the system ended 1 of its processes" in world.told[0]["cause"]
+    assert "generation.slots" in world.said[0]
 
 
 def test_one_that_freezes_is_ended_and_made_anew():
