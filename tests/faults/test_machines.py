@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from ray.cluster_utils import Cluster
 
 from tests.faults import invariants, rewards
 from tests.faults.harness import Scene, gate_of
+from tests.faults.hosts import Hosts, can_be_made, two_hosts
 from tests.faults.leaks import nothing_left
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -52,6 +54,45 @@ def test_a_node_goes_and_another_comes_and_the_run_goes_on(
     assert ended.result is not None and ended.result["draws"]["committed"] == 90 * 8
     assert {each["component"] for each in ended.told("lost")} == lost
     assert found.states()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
+    if why := can_be_made():
+        pytest.skip(why)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with two_hosts(tmp_path) as made:
+        yield made
+
+
+def test_a_short_partition_costs_nothing_and_a_long_one_only_what_was_beyond_it(paced_run: Any, hosts: Hosts) -> None:
+    config = paced_run(
+        loop={"steps": 150},
+        generation={"workers": 3, "slots": 8},
+        rewards={"workers": 2},
+        supervise={"hang_s": 8, "busy_s": 12},
+    )
+    with Scene.start(config, address=hosts.address) as scene:
+        scene.until(step=3)
+        here = scene.job.status().components["queue"]["node"]
+        beyond = {name for name, each in scene.job.status().components.items() if each["node"] != here}
+        assert beyond, "Ray spreads workers over hosts"
+        hosts.pull()
+        time.sleep(4)
+        hosts.plug()
+        scene.until(step=scene.job.status().step + 5)
+        assert scene.job.status().incidents == 0
+        hosts.pull()
+        for name in beyond:
+            scene.until(lambda status, name=name: status.components[name]["restarts"] > 0, what=f"{name} to be lost")
+        hosts.plug()
+        for name in beyond:
+            scene.serving(name)
+        time.sleep(3)  # whoever was beyond speaks up again, and is refused
+        ended = scene.end()
+    invariants.hold(ended, kills=len(ended.told("lost")))
+    assert ended.result is not None and ended.result["draws"]["committed"] == 150 * 8
+    assert {each["component"] for each in ended.told("lost")} == beyond
 
 
 @pytest.fixture
