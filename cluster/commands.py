@@ -210,5 +210,7 @@ def summary(found: Mapping[str, Any]) -> str:
             lines.append(f"{title} {shown(first)} -> {shown(last)}")
     if waste := found.get("waste"):
         lines.append("tokens " + json.dumps({row: many for row, many in waste.items() if many or row == "unaccounted"}))
+    if found["ended"] == "stopped" and found.get("checkpoint"):
+        lines.append(f"continue with: millrace train --resume {found['directory']}")
     lines.append(f"{found['directory']}/{run_directory.REPORT}")
     return "\n".join(lines)

@@ -191,6 +191,15 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_poison_prompt_is_told_from_its_neighbours(self) -> Self:
+        if self.loop.crashes < 3:
+            raise ValueError(
+                f"loop.crashes = {self.loop.crashes}: a prompt that crashes its engine is told from those beside it "
+                "from the second crash on, so that with less than 3 all of them would be given up; 3 is the least"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_verdict_comes_before_its_lease_ends(self) -> Self:
         if self.rewards.deadline_s >= self.loop.judge_lease_s:
             raise ValueError(

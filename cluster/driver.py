@@ -9,12 +9,14 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from millrace.cluster import guard, run_directory
 from millrace.cluster.ears import INTERRUPTED, Brake, Driven, Ears
+from millrace.cluster.lines import Lines
 from millrace.core.errors import MillraceError
 
 
@@ -46,10 +48,10 @@ def _drive(config: Any, request: dict[str, Any], link: socket.socket, ears: Ears
     jobs = import_module("millrace.cluster.jobs")  # and with it torch: seconds, in which the ears are open
     with jobs.ready(config, resume=request["resume"], mark=os.environ.get(guard.MARK)) as (plan, snapshot):
         brake = Brake()
-        with (config.directory / run_directory.PROGRESS_LOG).open("a", buffering=1, encoding="utf-8") as log:
+        with closing(Lines(config.directory / run_directory.PROGRESS_LOG)) as log:
 
             def say(line: str) -> None:
-                log.write(line + "\n")
+                log.write(line)
 
             ears.listen_for(Driven(snapshot, brake, say), attached=request["attached"])
             _answer(link, None)

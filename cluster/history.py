@@ -1,6 +1,8 @@
 """What a run has done so far: its steps, evaluations and events, collected from components that may come and go."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,8 @@ from millrace.cluster.samples import RolloutLog
 from millrace.core.protocols import Quarantined, QueueStatus
 from millrace.core.replay.draws import CRASHES, JUDGE_CRASHED
 from millrace.learner.report import StepReport
+
+PATIENCE_S = 2.0  # a component that is stopped, or still loads, answers nothing
 
 
 class History:
@@ -25,9 +29,10 @@ class History:
     def __init__(self, record: Recorder, rollouts: RolloutLog, *, say: Callable[[str], None]) -> None:
         self._record, self._rollouts, self._say = record, rollouts, say
         self._reports = self._events = self._evaluations = 0  # collected of the present incarnations
-        self._quarantined = 0
+        self._quarantined = self._lives = 0
         self._blamed: list[str] = []
         self._damage: set[str] = set()
+        self._full = ""  # what the journal lacks
         self._versions: dict[int, int] = {}  # step -> published after it
         self.rows: list[Row] = []  # of all steps, those of earlier incarnations first
         self.held_out: list[dict[str, Any]] = []  # and of all evaluations
@@ -41,36 +46,60 @@ class History:
 
     def lost(self, component: str) -> None:
         """A component is made anew, and counts from zero."""
+        self._lives += 1
         if component == "learner":
             self._reports = self._events = 0
         elif component == "held-out":
             self._evaluations = 0
 
     async def collect(
-        self, learner: Any, held_out: Any | None, queue: Any, status: QueueStatus
+        self, learner: Any, held_out: Any | None, queue: Any, status: QueueStatus, *, patience_s: float = PATIENCE_S
     ) -> Sequence[StepReport]:
         """Fetch and record what is new. Returns the reports of the steps, without their rollouts.
 
         Args:
             status: of the queue, now.
+            patience_s: for each of them; what does not answer is asked again the next time.
         """
+        fresh: list[StepReport] = []
+        parts = [self._of_learner(learner, status, fresh), self._of_queue(queue, status)]
+        for part in [*parts, self._of_held_out(held_out)] if held_out is not None else parts:
+            with suppress(ConnectionError, TimeoutError):  # it is made anew, or hangs: the others go on
+                await asyncio.wait_for(part, patience_s)
+        return fresh
+
+    async def _of_learner(self, learner: Any, status: QueueStatus, fresh: list[StepReport]) -> None:
+        life = self._lives
         for event in await learner.events(after=self._events):
             self._events += 1
             self._record.event(**event)
             self._say(said(event))
-        reports: list[StepReport] = list(await learner.reports(after=self._reports))
-        self._reports += len(reports)
+        reports: Sequence[StepReport] = await learner.reports(after=self._reports)
+        if life != self._lives:
+            return  # the last words of one that was lost: the next one repeats what stays of them
         for report in reports:
+            self._reports += 1
             self._made(report, status.tokens)
-        if held_out is not None:
-            for evaluation in await held_out.results(after=self._evaluations):
-                self._evaluations += 1
-                self._evaluated(evaluation)
+            fresh.append(replace(report, samples=()))
+
+    async def _of_held_out(self, held_out: Any) -> None:
+        life = self._lives
+        for evaluation in await held_out.results(after=self._evaluations):
+            self._evaluations += life == self._lives
+            self._evaluated(evaluation)
+
+    async def _of_queue(self, queue: Any, status: QueueStatus) -> None:
+        if (full := status.idle.get("queue", "")) and not self._full:
+            self._record.event("disk full", why=full)
+            self._say(f"{full}. Until then the run waits")
+        elif self._full and not full:
+            self._record.event("disk has room")
+            self._say("the journal finds room on its disk again: the run goes on")
+        self._full = full
         if status.quarantined > self._quarantined:
             for each in await queue.quarantined(after=self._quarantined):
                 self._quarantined += 1
                 self._gave_up(each)
-        return [replace(report, samples=()) for report in reports]
 
     async def tell_damage(self, queue: Any) -> None:
         """What the journal found missing or broken."""

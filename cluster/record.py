@@ -6,6 +6,7 @@ Numbers are returned upwards by the components and written here, in one place.
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,8 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from millrace.cluster.lines import Lines
 
 
 def plain(value: Any) -> Any:
@@ -40,8 +43,8 @@ class Recorder:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.listeners: list[Callable[[int, Mapping[str, Any]], None]] = []  # get every row of metrics.jsonl, too
-        self._metrics = (directory / "metrics.jsonl").open("a", buffering=1)
-        self._events = (directory / "events.jsonl").open("a", buffering=1)
+        self._metrics, self._events = Lines(directory / "metrics.jsonl"), Lines(directory / "events.jsonl")
+        self._full = False
         self._board = EventFileWriter(str(directory / "tensorboard"))
 
     def __enter__(self) -> Self:
@@ -52,19 +55,21 @@ class Recorder:
     ) -> None:
         self._metrics.close()
         self._events.close()
-        self._board.close()
+        with suppress(OSError):
+            self._board.close()
 
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """One row of metrics.jsonl; its numbers also go to TensorBoard under the same names."""
         now = time.time()
         row = plain({"step": step, "time_s": now, **values})
-        self._metrics.write(json.dumps(row) + "\n")
+        self._write(self._metrics, row)
         scalars = [
             Summary.Value(tag=name, simple_value=float(value))
             for name, value in row.items()
             if isinstance(value, int | float) and name not in ("step", "time_s")
         ]
-        self._board.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
+        with suppress(OSError):  # TensorBoard's files are made anew by a resumed run
+            self._board.add_event(Event(wall_time=now, step=step, summary=Summary(value=scalars)))
         for listener in self.listeners:
             listener(step, row)
 
@@ -77,9 +82,18 @@ class Recorder:
         partial.write_bytes(b"".join(line + b"\n" for line in lines))
         self._metrics.close()
         partial.replace(path)
-        self._metrics = path.open("a", buffering=1)
+        self._metrics = Lines(path)
         return [json.loads(line) for line in lines]
 
     def event(self, kind: str, **facts: Any) -> None:
         """One row of events.jsonl: who joined, left, failed, and why."""
-        self._events.write(json.dumps(plain({"time_s": time.time(), "kind": kind, **facts})) + "\n")
+        self._write(self._events, plain({"time_s": time.time(), "kind": kind, **facts}))
+
+    def _write(self, lines: Lines, row: Mapping[str, Any]) -> None:
+        """One row; on a full disk it waits, and so does the word that it did."""
+        why = lines.write(json.dumps(row))
+        if why and not self._full:
+            self._full = True
+            self.event("disk full", why=why)
+        elif not why:
+            self._full = False

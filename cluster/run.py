@@ -8,12 +8,14 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from millrace.cluster.conclude import conclude
+from millrace.cluster import incidents
+from millrace.cluster.conclude import conclude, judge_failures
 from millrace.cluster.gauge import Gauge
-from millrace.cluster.history import History
+from millrace.cluster.history import PATIENCE_S, History
 from millrace.cluster.plan import Plan
 from millrace.cluster.progress import line as progress_line
 from millrace.cluster.record import Recorder, plain
+from millrace.cluster.run_directory import EVENTS
 from millrace.cluster.samples import RolloutLog
 from millrace.cluster.snapshot import ComponentNow, Score, Snapshot
 from millrace.cluster.spawn import Spawn
@@ -21,7 +23,7 @@ from millrace.cluster.supervise.supervisor import Supervisor
 from millrace.cluster.trackers import tracked
 from millrace.cluster.wiring import Line, wire
 from millrace.core.calls import persist
-from millrace.core.errors import DeadlineError, MillraceError, boundary
+from millrace.core.errors import ComponentLost, DeadlineError, MillraceError, boundary
 from millrace.core.protocols import QueueStatus
 from millrace.learner.model import load_tokenizer
 from millrace.learner.report import LearnerStatus
@@ -85,6 +87,11 @@ class Run:
             try:
                 async with told:
                     return await self._recorded(record)
+            except DeadlineError as caught:
+                record.event("failed" if self._stopped_at is None else "interrupted", cause=str(caught))
+                if self._stopped_at is None:
+                    raise
+                raise asyncio.CancelledError from caught  # who stops a run does not wait for what is down
             except MillraceError as caught:
                 record.event("failed", cause=str(caught))
                 raise
@@ -110,12 +117,14 @@ class Run:
             self._history.look_back(status)
             self._generated, self._version = status.tokens.get("generated", 0), status.newest_version
         supervisor = self._supervisor = self._supervised(line, record)
+        if earlier := incidents.incidents(incidents.read(config.directory / EVENTS)):
+            supervisor.incidents, supervisor.incident = len(earlier), str(earlier[-1])
         tasks = supervisor.start()
         if self._stopped_at is not None:
             self._tell_learner_to_stop()
         self._say("starting the learner, the engines and the judges")
         kind = "resumed" if self._resume else "started"
-        record.event(kind, step=self._history.resumed_at, components=sorted(supervisor.names))
+        record.event(kind, step=status.committed_step, components=sorted(supervisor.names))
         try:
             await self._watch(tasks, record)
             await self._end(tasks, record)
@@ -157,7 +166,7 @@ class Run:
     async def _closed(self, name: str, limit_s: float) -> None:
         assert self._supervisor is not None
         try:
-            with boundary(f"closing {name}"):
+            with boundary(f"closing {name}"), suppress(TimeoutError):  # its process is ended all the same
                 await asyncio.wait_for(self._supervisor[name].close(), limit_s)
         except MillraceError as caught:
             self._say(f"{caught}; its process is ended all the same")
@@ -223,6 +232,8 @@ class Run:
         """The run was stopped, and the step under way takes too long: what is committed stays."""
         learner.cancel()
         self._spawn.end("learner")
+        assert self._supervisor is not None
+        self._supervisor.components["learner"].enter("left")
         self._without_checkpoint = True
         at = self._snapshot.status
         record.event("stopped without a checkpoint", step=at.step, committed_step=at.committed_step)
@@ -248,11 +259,18 @@ class Run:
     async def _answered(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         limit_s = self._plan.config.supervise.start_s if self._stopped_at is None else STOP_S
         remedy = "Look at driver.log and events.jsonl of the run; continue it with --resume."
-        return await persist(call, what=f"driver: {what}", remedy=remedy, deadline_s=limit_s)
 
-    async def _look(self, status: QueueStatus) -> bool:
+        async def asked() -> T:
+            try:
+                return await call()
+            except ConnectionRefusedError as caught:  # Ray constructs it once
+                raise ComponentLost(str(caught)) from None
+
+        return await persist(asked, what=f"driver: {what}", remedy=remedy, deadline_s=limit_s)
+
+    async def _look(self, status: QueueStatus, patience_s: float = PATIENCE_S) -> bool:
         """Collect what is new, and tell it in status.json. True when there were new steps."""
-        fresh = await self._collect()
+        fresh = await self._collect(patience_s)
         assert self._gauge is not None and self._supervisor is not None
         learner = self._learner or LearnerStatus(phase="loading", phase_s=0.0, step=status.step, version=-1)
         rows, held_out = self._history.rows, self._history.held_out
@@ -299,18 +317,17 @@ class Run:
         record.event("stalled", silent_s=silent_s, why=text)
         self._say(text)
 
-    async def _collect(self) -> list[Any]:
+    async def _collect(self, patience_s: float = PATIENCE_S) -> list[Any]:
         """Fetch and record the steps, evaluations and events since the last time; what is being restarted waits."""
         if self._supervisor is None or self._queue is None:
             return []
         learner = self._supervisor["learner"]
         held_out = self._supervisor["held-out"] if "held-out" in self._supervisor.names else None
         with boundary("collecting what the learner and the evaluation report"):
-            try:
-                fresh = list(await self._history.collect(learner, held_out, self._line.queue, self._queue))
-                self._learner = await learner.status()
-            except ConnectionError:
-                return []
+            parts = (learner, held_out, self._line.queue, self._queue)
+            fresh = list(await self._history.collect(*parts, patience_s=patience_s))
+            with suppress(ConnectionError, TimeoutError):
+                self._learner = await asyncio.wait_for(learner.status(), patience_s)
         for worker in self._history.blamed():
             self._supervisor.refund(worker)
         return fresh
@@ -321,11 +338,13 @@ class Run:
         stopped = self._stopped_at is not None
         self._supervisor.ending = lambda name: name not in ("queue", "weights", "held-out") or stopped
         await self._answered(self._line.queue.finish, "ending the run at the queue")
-        if "held-out" in tasks and not stopped:
-            await self._supervisor["held-out"].finish()
         others = {name: tasks[name] for name in self._supervisor.names if name != "learner"}
-        late, began = set(others.values()), time.monotonic()
+        late, began, told = set(others.values()), time.monotonic(), None
         while late:
+            if "held-out" in tasks and not stopped and told is not (held_out := self._supervisor["held-out"]):
+                with suppress(ConnectionError, TimeoutError):  # the next incarnation is told, too
+                    await asyncio.wait_for(held_out.finish(), PATIENCE_S)
+                    told = held_out
             # Who stops a run does not wait; otherwise the last evaluation may take its time.
             limit_s = LEAVE_S if self._stopped_at is not None else self._plan.config.stall_s
             if time.monotonic() - began > limit_s:
@@ -342,17 +361,20 @@ class Run:
         """Write what a run leaves: result.json, model/ and the rollouts."""
         status = await self._status()
         if not self._without_checkpoint:
-            await self._look(status)
+            await self._look(status, CLOSE_S if self._stopped_at is None else SOON_S)
         ended = "finished" if status.step >= self._plan.config.loop.steps else "stopped"
         if ended == "finished":  # of one that was stopped, `millrace rollouts` makes the file
-            await self._line.queue.export()
-        await self._history.tell_damage(self._line.queue)
-        failures = await self._judge_failures(record, dead=status.states.get("dead", 0))
+            await self._export(record)
+        tell_damage = partial(self._history.tell_damage, self._line.queue)
+        await self._answered(tell_damage, "damage of the journal")
+        assert self._supervisor is not None
+        judges = [self._supervisor[name] for name in self._line.workers if name.startswith("reward-")]
+        failures = await judge_failures(judges, status, record, say=self._say)
         found = conclude(
             self._plan,
             self._history,
             status,
-            await self._line.queue.lengths(),
+            await self._answered(self._line.queue.lengths, "lengths of the rollouts"),
             ended=ended,
             idle_workers=self._idle_workers(),
             judge_failures=failures,
@@ -361,6 +383,14 @@ class Run:
         self._snapshot.update(state=found["ended"], eta_s=None, waits={})
         return found
 
+    async def _export(self, record: Recorder) -> None:
+        try:
+            with boundary("writing the rollouts"):
+                await asyncio.wait_for(self._line.queue.export(), self._plan.config.stall_s)
+        except MillraceError as caught:  # the run is made all the same
+            record.event("rollouts not written", cause=str(caught))
+            self._say(f"{caught}; `millrace rollouts {self._plan.config.directory}` writes them later")
+
     def _idle_workers(self) -> Mapping[str, Mapping[str, float]]:
         """Share of the time that each worker waited for the queue, by cause."""
         shares: dict[str, dict[str, float]] = {name: {} for name in self._line.workers}
@@ -368,19 +398,3 @@ class Run:
             if name in shares:
                 shares[name][cause] = polls / max(self._polls, 1)
         return shares
-
-    async def _judge_failures(self, record: Recorder, *, dead: int) -> Mapping[str, Any] | None:
-        """Verdicts that failed, and the first one's cause; None where all were given."""
-        assert self._supervisor is not None
-        said = []
-        for name in self._line.workers:
-            if name.startswith("reward-"):
-                with suppress(MillraceError), boundary("asking the reward workers"):
-                    said.append(await asyncio.wait_for(self._supervisor[name].status(), SOON_S))
-        many = sum(each["verdicts"]["judge_failed"] for each in said)
-        if not many:
-            return None
-        first = next(each["first_failure"] for each in said if each["first_failure"])
-        record.event("judge failures", verdicts=many, given_up_draws=dead, first=first)
-        self._say(f"{many} verdicts failed and {dead} draws were given up; the first: {first.splitlines()[0]}")
-        return {"verdicts": many, "first": first}

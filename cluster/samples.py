@@ -1,12 +1,14 @@
 """rollouts.jsonl: sampled rollouts of a run with the text of every token, one a line, bounded in size."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from millrace.cluster.lines import FULL
 from millrace.cluster.record import plain
 from millrace.cluster.run_directory import ROLLOUTS
 from millrace.core.types import Ints
@@ -31,6 +33,7 @@ class RolloutLog:
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._max_bytes = max_bytes
         self._stride = 1
+        self._waiting = b""  # for room on the disk
 
     def write(self, samples: Sequence[SampledRollout]) -> None:
         """Append the samples of steps that are kept; on its way to the disk when the call returns."""
@@ -39,9 +42,18 @@ class RolloutLog:
             return
         if self._tokenizer is None:
             self._tokenizer = self._load()
-        with self.path.open("ab") as file:
-            file.writelines(json.dumps(line(each, self._tokenizer)).encode() + b"\n" for each in kept)
-            size = file.tell()
+        self._waiting += b"".join(json.dumps(line(each, self._tokenizer)).encode() + b"\n" for each in kept)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab") as file:
+                file.write(self._waiting)
+        except OSError as caught:
+            if caught.errno not in FULL:
+                raise
+            os.truncate(self.path, size)  # they go with the next ones
+            return
+        size += len(self._waiting)
+        self._waiting = b""
         if size > self._max_bytes:
             self._thin()
 

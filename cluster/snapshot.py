@@ -13,8 +13,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict
 
+from millrace.cluster.lines import FULL
+
 SCHEMA_VERSION = 1
 FILE = "status.json"
+BLOCK_BYTES = 4096  # what a file has in whole
 LOST = "DriverLost"  # the kind of failure of a run whose driver ended without a word
 
 State = Literal["starting", "running", "stopping", "finished", "stopped", "failed"]
@@ -170,10 +173,20 @@ def read(directory: Path) -> Status | None:
 
 
 def write(directory: Path, status: Status) -> None:
-    """Replace the run's last moment."""
-    partial = directory / f".{FILE}.partial"
-    partial.write_text(status.to_json() + "\n", encoding="utf-8")
-    partial.replace(directory / FILE)
+    """Replace the run's last moment; on a full disk in the room that the one before has."""
+    partial, path = directory / f".{FILE}.partial", directory / FILE
+    text = (status.to_json() + "\n").encode()
+    try:
+        partial.write_bytes(text)
+        partial.replace(path)
+    except OSError as caught:
+        if caught.errno not in FULL or not path.exists():
+            raise
+        partial.unlink(missing_ok=True)
+        size = path.stat().st_size
+        if len(text) <= -(-size // BLOCK_BYTES) * BLOCK_BYTES:
+            with path.open("r+b") as file:
+                file.write(text.ljust(size))
 
 
 def lost(status: Status) -> Status:

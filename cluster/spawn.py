@@ -179,6 +179,7 @@ class OnRay:
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
         self._nurses: dict[str, Any] = {}
+        self._fitted: set[str] = set()  # names that found their GPUs: where a machine was lost, it may come back
         self._arguments: dict[str, Any] = {}  # of lasting ones, in Ray's object store
 
     def __call__(
@@ -192,11 +193,12 @@ class OnRay:
         **kwargs: Any,
     ) -> Handle:
         available = ray.cluster_resources().get("GPU", 0)
-        if gpus > available:
+        if gpus > available and name not in self._fitted:
             raise ConfigError(
                 f"{name} asks for {gpus:g} GPUs, but the Ray cluster has {available:g}: "
                 "lower `gpus` in the run's configuration, or join a cluster with --address"
             )
+        self._fitted.add(name)
         # Methods of one actor run concurrently: a long poll must not hold a heartbeat.
         options: dict[str, Any] = {
             "num_cpus": 0,
@@ -227,7 +229,8 @@ class OnRay:
                 self._nurses[node] = Nurse()
             else:
                 own = type("Nurse", (Nurse,), {})
-                actor = ray.remote(own).options(num_cpus=0, scheduling_strategy=_on(node)).remote()
+                options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": _on(node)}
+                actor = ray.remote(own).options(**options).remote()
                 self._nurses[node] = Handle(actor, f"the nurse of node {node[:8]}")
         return self._nurses[node]
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar
 
-from millrace.core.errors import DeadlineError, MillraceError, boundary
+from millrace.core.errors import DeadlineError, JournalFullError, MillraceError, boundary
 from millrace.core.protocols import Clock
 
 T = TypeVar("T")
@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
+ROOM_S = 600.0  # how long a full disk is waited for
 
 
 class Unanswered(MillraceError):
@@ -29,7 +30,7 @@ async def persist(
     """Repeat a call until it is answered or `deadline_s` has passed.
 
     `call` must be repeatable: the same request id each time. What the queue refuses on purpose (any of our
-    own errors, `Fenced` among them) is an answer and is raised at once.
+    own errors, `Fenced` among them) is an answer and is raised at once; that its disk is full is none for `ROOM_S`.
 
     Args:
         what: worker, method and draws, for the message.
@@ -38,7 +39,7 @@ async def persist(
     Raises:
         DeadlineError: naming `what`, the last cause and `remedy`.
     """
-    began = clock()
+    first = began = clock()
     pause_s = FIRST_PAUSE_S
     attempts = 0
     while True:
@@ -47,6 +48,10 @@ async def persist(
             with boundary(what, Unanswered):
                 async with asyncio.timeout(max(0.0, began + deadline_s - clock())):
                     return await call()
+        except JournalFullError:
+            began = clock()  # it is there, and answers
+            if began - first > ROOM_S:
+                raise
         except Unanswered as caught:
             if clock() - began + pause_s > deadline_s:
                 raise DeadlineError(

@@ -56,6 +56,10 @@ class JournalError(MillraceError, RuntimeError):
     """The journal on disk cannot be written or read. Names the file; what was accepted before stays."""
 
 
+class JournalFullError(JournalError):
+    """The journal cannot be written now: there is no room on its disk. The same call succeeds when there is some."""
+
+
 class PayloadError(JournalError):
     """The payload of an accepted group is gone or damaged: the group has to be drawn again."""
 

@@ -191,7 +191,7 @@ class FileWeightStore:
     def _reload(self) -> None:
         for json_path in sorted(self._directory.glob("version_*.json")):
             try:
-                manifest = from_json(json_path.read_text(), source=str(json_path))
+                manifest = from_json(json_path.read_text(errors="replace"), source=str(json_path))
                 handle = WeightHandle(manifest=manifest, path=str(json_path.with_suffix(".bin")))
                 if digest_of(mapped(handle)) != manifest.digest:
                     raise WeightsError(f"{handle.path}: its bytes do not have the manifest's digest")

@@ -224,11 +224,14 @@ def write(
     stem = f"version_{manifest.version:08d}"
     bytes_path, json_path = folder / f"{stem}.bin", folder / f"{stem}.json"
     temporary = folder / f"{stem}.{os.getpid()}.{threading.get_ident()}.tmp"
-    with temporary.open("wb") as file:
-        file.write(np.ascontiguousarray(buffer).data)
-    temporary.rename(bytes_path)
-    if half is not None:
-        half()
-    temporary.write_text(to_json(manifest))
-    temporary.rename(json_path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(np.ascontiguousarray(buffer).data)
+        temporary.rename(bytes_path)
+        if half is not None:
+            half()
+        temporary.write_text(to_json(manifest))
+        temporary.rename(json_path)
+    finally:  # where there was no room for it, its beginning must not take what there is
+        temporary.unlink(missing_ok=True)
     return WeightHandle(manifest=manifest, path=str(bytes_path))

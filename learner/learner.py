@@ -111,7 +111,7 @@ class Learner:
         self._committed: list[tuple[str, float]] = []  # directory, mean reward
         self._since_commit: list[float] = []  # mean reward of each step
         self._reports: list[StepReport] = []
-        self._saved = 0  # of them are in a checkpoint
+        self._told = 0  # of them whoever asks has got
         self._events: list[Mapping[str, Any]] = []
         self._weights = ""  # sha256 of the last published
 
@@ -152,10 +152,11 @@ class Learner:
         )
 
     async def reports(self, *, after: int) -> Sequence[StepReport]:
-        """Of the steps since the commit before the one resumed from, and of all that this incarnation made.
+        """Of all steps that this incarnation made, and of those before that nobody had got when it began.
 
-        The first `after` are left out, and their rollouts are forgotten.
+        The first `after` are left out; the caller has got them, and their rollouts are forgotten.
         """
+        self._told = after
         for at in range(after - 1, -1, -1):
             if not self._reports[at].samples:
                 break
@@ -220,7 +221,6 @@ class Learner:
             )
         self._batches.restore(state.memory)
         self._reports = [of_plain(each) for each in state.reports]  # whoever asked for them last may not have got them
-        self._saved = len(self._reports)
         self._committed = retention.surviving(self._directory, resumption.directory)
 
     async def _one_step(self) -> None:
@@ -330,7 +330,7 @@ class Learner:
             made: the report of the step that was just made, as far as it is known.
         """
         self._phases.enter("committing")
-        reports = self._reports[self._saved :] + ([made] if made else [])
+        reports = self._reports[self._told :] + ([made] if made else [])
         reward = sum(self._since_commit) / len(self._since_commit)
         try:
             saved = await self._in_thread(partial(self._save, reward, reports))
@@ -348,7 +348,6 @@ class Learner:
         )
         reach("learner.commit.after")
         self._since_commit.clear()
-        self._saved = len(self._reports) + (made is not None)
         self._committed.append((saved.directory, reward))
         needed = (await self._ask("status", self._queue.status)).commits
         keep, epoch = self._config.checkpoint_keep, self._epoch

@@ -4,6 +4,7 @@ What else of them lies in their directory is an orphan: half written, or never c
 """
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -12,12 +13,14 @@ from millrace.learner.checkpoint import PARTIAL, STATE
 
 Kept = tuple[str, float]  # directory, mean reward
 
+_NAME = re.compile(rf"step_\d+\.\d+({re.escape(PARTIAL)})?")
+
 
 def surviving(root: str, resumed: str) -> list[Kept]:
     """Checkpoints up to the one resumed from, in the order of their steps."""
     found = []
     last = step_of(Path(resumed))
-    for path in Path(root).glob("step_*.*"):
+    for path in _ours(root):
         if path.suffix != PARTIAL and step_of(path) < last and (path / STATE).is_file():
             found.append((step_of(path), str(path), _reward_of(path)))
     found.sort()
@@ -53,9 +56,17 @@ def collect(root: str, stay: Collection[str], *, epoch: int | None = None) -> No
         epoch: as of `retain`.
     """
     names = {Path(directory).name for directory in stay}
-    for path in Path(root).glob("step_*.*"):
+    for path in _ours(root):
         if path.name not in names and (epoch is None or _epoch_of(path) <= epoch):
+            if path.suffix != PARTIAL:  # a kill in between leaves nothing that has the name of a whole one
+                path = path.rename(path.with_name(path.name + PARTIAL))
             shutil.rmtree(path)
+
+
+def _ours(root: str) -> list[Path]:
+    """Checkpoints and half written ones, these first. What a person keeps beside them has another name."""
+    found = (path for path in Path(root).glob("step_*.*") if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: path.suffix != PARTIAL)
 
 
 def step_of(path: Path) -> int:

@@ -22,7 +22,8 @@ class SuperviseConfig(Config):
 
     restarts: int = Field(default=10, ge=0)
     """How often a component may be lost within `window_s`; beyond it the run ends. Losses that a prompt is to blame
-    for do not count. An error that a component raises itself counts five times: it seldom goes away."""
+    for do not count; that takes `loop.crashes` losses to tell, so allow more. An error that a component raises itself
+    counts five times, since it seldom goes away; one that could not be constructed anew counts twice."""
 
     window_s: float = Field(default=600.0, gt=0)
     """The time over which `restarts` is counted."""

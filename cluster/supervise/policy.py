@@ -55,7 +55,11 @@ class Watch:
             if silent_s > config.start_s:
                 return f"it has not answered once in {silent_s:.0f} s (supervise.start_s = {config.start_s:g})"
             return ""
-        if silent_s <= config.hang_s or self.seen is None or self.since is None:
+        if silent_s <= config.hang_s:
+            return ""
+        if self.seen is None or self.since is None:
+            if silent_s > config.busy_s:
+                return f"no answer for {silent_s:.0f} s (supervise.busy_s), and nobody there can see its process"
             return ""
         if self.seen.stopped:
             return f"its process is stopped (SIGSTOP) and has not answered for {silent_s:.1f} s"
@@ -86,7 +90,7 @@ class Budget:
         if self.spent + count > self.config.restarts:
             return None
         self.losses.append((now, count))
-        wait_s = self.config.backoff_s * 2.0 ** (len(self.losses) - 1)
+        wait_s = self.config.backoff_s * 2.0 ** min(len(self.losses) - 1, 100)
         return min(wait_s, self.config.backoff_most_s)
 
     def refund(self, losses: int) -> None:

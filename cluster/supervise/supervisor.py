@@ -12,6 +12,7 @@ had leased is leased to others at once; what it comes back as must join anew and
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from millrace.core.errors import (
     EngineError,
     Fenced,
     MillraceError,
+    UserCodeError,
     WeightsError,
     boundary,
 )
@@ -42,7 +44,8 @@ PING_S = 1.0
 LOOK_S = 2.0  # silence after which its process is looked at
 AGAIN_S = 0.2  # between two attempts at reaching a queue or store that Ray restarts
 LOSSES = (EngineDeadError, DeadlineError, Fenced)  # errors that a new process may well not have
-OWN = (EngineError, WeightsError)  # and those that it may have again
+OWN = (EngineError, WeightsError, UserCodeError)  # and those that it may have again
+NOT_STARTED = 2  # restarts that one counts whose constructor failed: what it met, as full memory, may go away
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +116,11 @@ class Supervisor:
 
     def start(self) -> dict[str, asyncio.Future[None]]:
         """Make all components. Returns a task for each that ends: when it has left, or raises when it is given up."""
-        self._watching = [asyncio.ensure_future(self._attend(each)) for each in self._lasting.values()]
         for each in self._made.values():
             each.handle = each.make()
-        tasks = {name: asyncio.ensure_future(self._tend(each)) for name, each in self._made.items()}
-        return {**tasks, **dict(zip(self._lasting, self._watching, strict=True))}
+        lives = {name: self._tend(each) for name, each in self._made.items()}
+        lives |= {name: self._attend(each) for name, each in self._lasting.items()}
+        return {name: asyncio.ensure_future(life) for name, life in lives.items()}
 
     def __getitem__(self, name: str) -> Any:
         """The handle of a component's present incarnation."""
@@ -170,10 +173,8 @@ class Supervisor:
             with boundary(each.name):
                 try:
                     await each.handle.run()
-                except ConnectionRefusedError as caught:
-                    raise ComponentLost(f"{caught}") from None
                 except ConnectionError as caught:
-                    return Loss(_why(caught))
+                    return _unreachable(each, caught)
         except LOSSES as caught:
             return Loss(str(caught))
         except OWN as caught:
@@ -194,13 +195,13 @@ class Supervisor:
                         return Loss(why, fence="hung")
                 each.node, each.pid = ping.result()
             except ConnectionError as caught:
-                return Loss(_why(caught))
+                return _unreachable(each, caught)
             finally:
                 ping.cancel()
             each.answered_at = self._clock()
             watch.answered(each.answered_at)
             if each.state == "starting":
-                each.oom_kills = await self._spawn.nurse(each.node).oom_kills()
+                each.oom_kills = await self._seen(each, "oom_kills") or 0
             self._serves(each)
             await asyncio.sleep(PING_S)
 
@@ -209,13 +210,18 @@ class Supervisor:
         now = self._clock()
         if each.pid and watch.silent_s(now) > LOOK_S:
             each.enter("suspect")
-            with boundary(f"looking at {each.name} (process {each.pid})"):
-                watch.look(now, await self._spawn.nurse(each.node).look(each.pid))
+            watch.look(now, await self._seen(each, "look", each.pid))
         why = watch.verdict(now)
         if why and each.pid:
-            with boundary(f"ending {each.name} (process {each.pid})"):
-                await self._spawn.nurse(each.node).end(each.pid)
+            await self._seen(each, "end", each.pid)
         return why
+
+    async def _seen(self, each: Component, what: str, *args: Any) -> Any:
+        """What the nurse of its machine answers; None when she does not: the machine may be gone, too."""
+        with suppress(MillraceError), boundary(f"{what} on the machine of {each.name}"):
+            async with asyncio.timeout(LOOK_S):
+                return await getattr(self._spawn.nurse(each.node), what)(*args)
+        return None
 
     def _serves(self, each: Component) -> None:
         if each.state == "serving":
@@ -236,10 +242,14 @@ class Supervisor:
             ComponentLost: the budget is spent.
         """
         each.lost_at = self._clock() if each.lost_at is None else each.lost_at
+        each.enter("restarting")
         loss = replace(loss, cause=await self._explained(each, loss.cause))
         ending = self.ending(each.name)
         if each.name in self._made:
             self._spawn.end(each.name)
+        if not isinstance(each.handle, Handle):  # no process ends with it: an engine must be closed
+            with suppress(MillraceError), boundary(f"closing {each.name}"):
+                await asyncio.wait_for(each.handle.close(), LOOK_S)
         groups = await self._fence(each, loss)
         held = [f"{group.draw}/{group.attempt}" for group in groups]
         each.cause = loss.cause
@@ -251,10 +261,12 @@ class Supervisor:
         delay_s = each.budget.spend(self._clock(), count=loss.count)
         if delay_s is None:
             each.enter("given up")
+            self.incident = said(each.name, loss.cause, given_up=True)
             self._tell("given up", component=each.name, cause=loss.cause)
             raise loss.error or ComponentLost(self._given_up(each, loss))
+        if each.name in self._lasting:
+            delay_s = 0.0  # Ray is at it
         each.restarts += 1
-        each.enter("restarting")
         await self._lost(each.name)
         spent, most = each.budget.spent, self._config.restarts
         self._tell("restarting", component=each.name, in_s=delay_s, restart=spent, of=most)
@@ -267,14 +279,9 @@ class Supervisor:
 
     async def _explained(self, each: Component, cause: str) -> str:
         """The cause of a loss, and whether the system ended processes for want of memory meanwhile."""
-        if not each.pid:
+        if not each.pid or (found := await self._seen(each, "oom_kills")) is None:
             return cause
-        try:
-            with boundary(f"asking the machine of {each.name}"):
-                nurse = self._spawn.nurse(each.node)
-                kills = await asyncio.wait_for(nurse.oom_kills(), LOOK_S) - each.oom_kills
-        except MillraceError:  # the machine is gone, too
-            return cause
+        kills, each.oom_kills = found - each.oom_kills, found
         if kills <= 0:
             return cause
         return (
@@ -285,10 +292,11 @@ class Supervisor:
     def _given_up(self, each: Component, loss: Loss) -> str:
         config = self._config
         return (
-            f"{each.name} (process {each.pid or 'unknown'}) was lost again, after {each.restarts} restarts, of "
-            f"{config.restarts} within {config.window_s:g} s (supervise.restarts, supervise.window_s). The "
-            f"last cause: {loss.cause}. What is committed stays: mend the cause, then continue with --resume, or raise "
-            "supervise.restarts"
+            f"{each.name} (process {each.pid or 'unknown'}) was lost"
+            + (f" again, after {each.restarts} restarts" if each.restarts else "")
+            + f", and no restart is left of the {config.restarts} within {config.window_s:g} s (supervise.restarts, "
+            f"supervise.window_s). The last cause: {loss.cause}. What is committed stays: mend the cause, then "
+            "continue with --resume, or raise supervise.restarts"
         )
 
     async def _fence(self, each: Component, loss: Loss) -> Sequence[GroupId]:
@@ -328,15 +336,14 @@ class Supervisor:
             clock=self._clock,
         )
 
-    async def close(self) -> None:
-        """Watch nothing any more."""
-        for task in self._watching:
-            task.cancel()
-        await asyncio.gather(*self._watching, return_exceptions=True)
 
-
-def _why(error: ConnectionError) -> str:
-    return error.reason if isinstance(error, Gone) else str(error)
+def _unreachable(each: Component, error: ConnectionError) -> Loss:
+    """What a constructor raises at the first start no restart mends; later it may be what the lost one has left."""
+    if not isinstance(error, ConnectionRefusedError):
+        return Loss(error.reason if isinstance(error, Gone) else str(error))
+    if not each.restarts:
+        raise ComponentLost(str(error)) from None
+    return Loss(str(error), count=NOT_STARTED)
 
 
 def _few(held: Sequence[str]) -> str:

@@ -21,16 +21,10 @@ from millrace.core.errors import JournalError, PayloadError
 from millrace.core.failpoint import reach
 from millrace.core.replay import ledger_file, rollouts, segments
 from millrace.core.replay.journal import JournalConfig, Location, Outcome, Record
+from millrace.core.replay.ledger_file import LIVE, OUTCOME, PACK, RECORD
 from millrace.core.replay.segments import Place, Segments
 from millrace.core.replay.syncer import Syncer
 
-_RECORD = "insert into records (record, crc32) values (?, ?)"
-_PACK = "insert into packs values (?, ?, ?, ?, ?, ?, ?)"
-_OUTCOME = "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_LIVE = """
-select pack, segment, offset, length, crc32, rows, kept from packs
-where rows > (select count(*) from outcomes where outcomes.pack = packs.pack)
-"""
 _ENCODE = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _AT_ONCE = 256  # packs whose facts an export reads at a time
 
@@ -74,7 +68,8 @@ class DiskJournal:
                 if zlib.crc32(text.encode()) != crc32:
                     raise ledger_file.damaged(path, f"record {number} has another checksum than when it was written")
                 texts.append(text)
-        self._pending_records: list[tuple[str, int]] = []
+        self._pending: dict[str, list[tuple[Any, ...]]] = {RECORD: [], PACK: [], OUTCOME: []}
+        self._commits = False  # one of the records that are pending is a commit
         self._behind = len(texts)
         return texts
 
@@ -83,8 +78,6 @@ class DiskJournal:
         self._places: dict[int, Place] = {}
         self._rows: dict[int, set[int]] = {}
         self._needed: Counter[int] = Counter()  # segment that may go -> rows of it that are still needed
-        self._pending_packs: list[tuple[int, ...]] = []
-        self._pending_outcomes: list[tuple[Any, ...]] = []
         self._cache: OrderedDict[int, bytes] = OrderedDict()
         self._cached_bytes = 0
         with ledger_file.in_words(self._path):
@@ -94,7 +87,7 @@ class DiskJournal:
                 "from meta where key = 'packs'"
             ).fetchone()
             self._next = given + 1
-            for pack, segment, offset, length, crc32, rows, kept in self._sql(_LIVE):
+            for pack, segment, offset, length, crc32, rows, kept in self._sql(LIVE):
                 self._places[pack] = Place(segment, offset, length, crc32)
                 over = {row for (row,) in self._sql("select row from outcomes where pack = ?", pack)}
                 self._rows[pack] = set(range(rows)) - over
@@ -146,7 +139,8 @@ class DiskJournal:
 
     def append(self, record: Record) -> None:
         text = _ENCODE(record)
-        self._pending_records.append((text, zlib.crc32(text.encode())))
+        self._pending[RECORD].append((text, zlib.crc32(text.encode())))
+        self._commits |= record["op"] == "committed"
         self._behind += 1
 
     def flush(self) -> None:
@@ -155,22 +149,23 @@ class DiskJournal:
         Raises:
             JournalError: it cannot be written now. All of it is kept for the next flush.
         """
-        if not (self._pending_records or self._pending_packs or self._pending_outcomes or self._gone):
+        if not (any(self._pending.values()) or self._gone):
             return
         reach("journal.flush.before")
-        self._transaction(self._write_pending, bytes_needed=sum(len(text) for text, _ in self._pending_records))
-        for pending in (self._pending_records, self._pending_packs, self._pending_outcomes):
-            pending.clear()
+        self._transaction(self._write_pending, bytes_needed=sum(len(text) for text, _ in self._pending[RECORD]))
+        for rows in self._pending.values():
+            rows.clear()
+        if self._commits:  # who hears of it deletes the checkpoint before: no loss of power may undo it
+            self._syncer.write_log()
+            self._commits = False
         reach("journal.flush.after")
         if self._gone:
             self._delete_segments()
         self._syncer.dirty(each.path for each in self._segments.open.values())
 
     def _write_pending(self, connection: sqlite3.Connection) -> None:
-        pending = ((_RECORD, self._pending_records), (_PACK, self._pending_packs), (_OUTCOME, self._pending_outcomes))
-        for statement, rows in pending:
-            if rows:
-                connection.executemany(statement, rows)
+        for statement, rows in self._pending.items():
+            connection.executemany(statement, rows)
 
     def _delete_segments(self) -> None:
         """Their files, then their rows, which say until then that nobody needs them."""
@@ -191,7 +186,7 @@ class DiskJournal:
 
         def replace(connection: sqlite3.Connection) -> None:
             connection.execute("delete from records")
-            connection.execute(_RECORD, (text, zlib.crc32(text.encode())))
+            connection.execute(RECORD, (text, zlib.crc32(text.encode())))
             reach("journal.compact")
 
         self._transaction(replace, bytes_needed=len(text))
@@ -231,7 +226,7 @@ class DiskJournal:
         for (kept, part, own), place in zip(parts, places, strict=True):
             number = self._next
             self._next += 1
-            self._pending_packs.append((number, *place, len(own), int(kept)))
+            self._pending[PACK].append((number, *place, len(own), int(kept)))
             self._places[number] = place
             self._rows[number] = set(range(len(own)))
             if not kept:
@@ -299,17 +294,16 @@ class DiskJournal:
 
     def holds(self, location: Location) -> bool:
         """Whether the row is there and whole: it was stored, survived, and was not forgotten."""
-        try:
+        with suppress(PayloadError):
             self.load(location)
-        except PayloadError:
-            return False
-        return True
+            return True
+        return False
 
     def forget(self, outcome: Outcome) -> None:
         """The group's payload is needed no more; its facts are written with the next flush."""
         (number, row), place = outcome.location, self._places.get(outcome.location[0])
         facts = [value if isinstance(value, int | str) else _ENCODE(value) for value in outcome[1:]]
-        self._pending_outcomes.append((number, row, *facts))
+        self._pending[OUTCOME].append((number, row, *facts))
         rows = self._rows.get(number)
         if rows is None or place is None or row not in rows:
             return
@@ -354,7 +348,10 @@ class DiskJournal:
             last = max(places)
             over = self._fates(min(places), last)
             for number, place in places.items():
-                if not (outcomes := over.get(number, []) + alive.get(number, [])):
+                final = over.get(number, [])  # of a group that was alive, it may be since then
+                known = {outcome.location for outcome in final}
+                outcomes = final + [each for each in alive.get(number, []) if each.location not in known]
+                if not outcomes:
                     continue
                 try:
                     pack = self._segments.read(place)

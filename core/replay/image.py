@@ -35,13 +35,18 @@ def restore(state: Any, record: Record) -> None:
         LedgerError: the image has a field that this version does not know.
     """
     codecs = _codecs(_kind(state))
-    if unknown := sorted(set(record["state"]) - set(codecs)):
+    for name, value in _known(record["state"], codecs).items():
+        setattr(state, name, codecs[name].rich(value))
+
+
+def _known(plain: Mapping[str, Any], codecs: Mapping[str, Codec]) -> Mapping[str, Any]:
+    """What is not known is not dropped: a newer version wrote it because it needs it."""
+    if unknown := sorted(plain.keys() - codecs.keys()):
         raise LedgerError(
             f"the journal's image has the fields {', '.join(unknown)}, which this version of millrace does not know; "
             "resume the run with the version that wrote it"
         )
-    for name, value in record["state"].items():
-        setattr(state, name, codecs[name].rich(value))
+    return plain
 
 
 def _kind(state: Any) -> Any:
@@ -126,5 +131,5 @@ def _fielded(kind: Any, hints: Mapping[str, Any]) -> Codec:
     each = {name: _codec(hint) for name, hint in hints.items()}
     return Codec(
         lambda value: {name: codec.plain(getattr(value, name)) for name, codec in each.items()},
-        lambda plain: kind(**{name: each[name].rich(value) for name, value in plain.items() if name in each}),
+        lambda plain: kind(**{name: each[name].rich(value) for name, value in _known(plain, each).items()}),
     )

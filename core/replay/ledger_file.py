@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from millrace.core.errors import ConfigError, JournalError, LedgerError, MillraceError
+from millrace.core.errors import ConfigError, JournalError, JournalFullError, LedgerError, MillraceError
 
 NAME, HOLDER, LINES = "ledger.sqlite", "ledger.holder", "ledger.jsonl"
 VERSION = 1
@@ -30,6 +30,15 @@ create table outcomes (
 ) without rowid;
 """
 
+RECORD = "insert into records (record, crc32) values (?, ?)"
+PACK = "insert into packs values (?, ?, ?, ?, ?, ?, ?)"
+OUTCOME = "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+LIVE = """
+select pack, segment, offset, length, crc32, rows, kept from packs
+where rows > (select count(*) from outcomes where outcomes.pack = packs.pack)
+"""
+
+_DYING_S = 2.0  # how long whoever holds the file may still take: a process that was killed a moment ago ends soon
 _LOG_PAGES = 8192  # 32 MiB: folding the log into the file waits for the disk, so it is done rarely
 _REMOTE = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "pvfs2"}
 _LOCAL_FUSE = {"fuse.fuse-overlayfs"}
@@ -53,7 +62,7 @@ def opened(directory: Path) -> sqlite3.Connection:
     except OSError as caught:
         raise unwritable(path, caught, 0) from caught
     with in_words(path):
-        connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=_DYING_S, isolation_level=None, check_same_thread=False)
     try:
         with in_words(path):
             _begin(connection, directory)
@@ -176,13 +185,13 @@ def damaged(path: Path, why: str) -> JournalError:
     )
 
 
-def unwritable(path: Path, caught: Exception, bytes_needed: int) -> JournalError:
+def unwritable(path: Path, caught: Exception, bytes_needed: int) -> JournalFullError:
     """Names the bytes that are needed and those that are free."""
     try:
         free = f"{shutil.disk_usage(path.parent).free} are free"
     except OSError as other:
         free = f"the free space is unknown ({other})"
-    return JournalError(
+    return JournalFullError(
         f"{path} cannot be written: {caught}. About {bytes_needed} bytes are needed, {free} in {path.parent}. Nothing "
         "that was accepted is lost: make room on that disk, and the call succeeds when it is repeated"
     )

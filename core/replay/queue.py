@@ -9,11 +9,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TypeVar
 
 from millrace.core import schema
-from millrace.core.errors import JournalError, PayloadError
+from millrace.core.errors import JournalError, JournalFullError, PayloadError
 from millrace.core.protocols import (
     Clock,
     Feedback,
@@ -35,7 +35,7 @@ from millrace.core.replay.image import image
 from millrace.core.replay.journal import Journal, Location, MemoryJournal
 from millrace.core.replay.ledger import Ledger
 from millrace.core.replay.stall import Scene, report
-from millrace.core.replay.waiters import Answers, IdleClock, Waiters
+from millrace.core.replay.waiters import Answers, IdleClock, Room, Waiters
 from millrace.core.types import GroupId, GroupVerdict, Lease, WorkerId, seed_of
 
 Answer = TypeVar("Answer")
@@ -69,7 +69,7 @@ class ReplayQueue:
         self._waits = IdleClock()
         self._learner_called, self._learner_at = "", clock()
         self._calls: Counter[str] = Counter()
-        self._answers = Answers()
+        self._answers, self._room = Answers(), Room(clock)
         self._stopped = False
         self._changed()
         self._compact()
@@ -146,8 +146,7 @@ class ReplayQueue:
         return await self._until(self._draws, attempt, wait_s) or self._grant([], self._idle.get(worker, ""))
 
     def _grant(self, granted: Sequence[GroupId], reason: str) -> Grant:
-        leases = [self._lease_of(group) for group in granted]
-        newest = self._ledger.state.versions.newest
+        leases, newest = [self._lease_of(group) for group in granted], self._ledger.state.versions.newest
         return Grant(leases=leases, newest_version=newest, idle=reason, finished=self._over)
 
     def _lease_of(self, group: GroupId) -> Lease:
@@ -166,7 +165,7 @@ class ReplayQueue:
         self._begin("put_groups")
 
         def store(rows: Sequence[int]) -> list[Location]:
-            return self._journal.store(pack, rows)
+            return self._room.found(lambda: self._journal.store(pack, rows))
 
         def put() -> list[Receipt]:
             headers = schema.headers(pack)
@@ -279,9 +278,10 @@ class ReplayQueue:
         self._changed(self._draws, self._groups, self._batches)
 
     async def status(self) -> QueueStatus:
-        self._begin("status")
+        with suppress(JournalFullError):  # it is in what is said here
+            self._begin("status")
         causes = self._causes | ({"learner": self._waits.cause} if self._waits.cause else {})
-        return self._ledger.status(idle=self._idle, causes=causes, calls=self._calls)
+        return self._ledger.status(idle=self._idle | self._room.lacking, causes=causes, calls=self._calls)
 
     async def quarantined(self, *, after: int) -> Sequence[Quarantined]:
         """All draws that died, oldest first, without the first `after`."""
@@ -332,8 +332,8 @@ class ReplayQueue:
 
     async def close(self) -> None:
         """The last call: the journal's files are whole, and another process may open them."""
-        self._changed()
-        self._journal.close()
+        with closing(self._journal):
+            self._changed()
 
     # -- how calls wait, repeat and end
 
@@ -356,7 +356,7 @@ class ReplayQueue:
         for outcome in released:
             self._journal.forget(outcome)
         released.clear()
-        self._journal.flush()
+        self._room.found(self._journal.flush)
         self._look()
         for waiting in waiters:
             waiting.wake()

@@ -63,11 +63,13 @@ def write(path: Path, packs: Iterable[tuple[bytes, Sequence[Outcome]]]) -> int:
 def _row_groups(packs: Iterable[tuple[bytes, Sequence[Outcome]]]) -> Iterator[pa.Table]:
     """Packs put together until they are worth a row group; memory holds no more of them at a time."""
     waiting: list[pa.RecordBatch] = []
+    size = 0  # of those, in bytes
     for pack, outcomes in packs:
         waiting.append(rows_of(pack, outcomes))
-        if sum(batch.nbytes for batch in waiting) >= _ROW_GROUP_BYTES:
+        size += waiting[-1].nbytes
+        if size >= _ROW_GROUP_BYTES:
             yield pa.Table.from_batches(waiting)
-            waiting = []
+            waiting, size = [], 0
     if waiting:
         yield pa.Table.from_batches(waiting)
 
@@ -124,9 +126,14 @@ def _facts(outcomes: Sequence[Outcome], group: Sequence[int], member: Sequence[i
         "score": pa.array([score for _, score, _, _ in own], pa.float64()),
         "verdict": pa.array([kind for kind, _, _, _ in own], pa.utf8()),
         "components": pa.array(components, pa.utf8()),
-        "feedback": pa.array([feedback for _, _, _, feedback in own], pa.utf8()),
+        "feedback": pa.array([_encodable(feedback) for _, _, _, feedback in own], pa.utf8()),
         "state": pa.array([outcomes[g].state for g in group], pa.utf8()),
         "rule": pa.array([outcomes[g].rule or None for g in group], pa.utf8()),
         "steps": pa.array([list(outcomes[g].steps) for g in group], pa.list_(pa.int32())),
         "lag": pa.array(lags, pa.int32()),
     }
+
+
+def _encodable(text: str | None) -> str | None:
+    """A judge may quote what no UTF-8 holds: half a surrogate pair, out of a model's JSON."""
+    return text if text is None else text.encode(errors="backslashreplace").decode()

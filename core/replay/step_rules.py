@@ -22,6 +22,8 @@ class StepRules(Transaction):
         commit = self.state.commits[-1]
         version = len(self.state.versions.steps)
         self.do("rejoined", epoch=self.state.epoch + 1, step=commit.step, version=version)
+        # A payload that was lost after its first use was committed is needed again when that commit is given up.
+        self._draw_again([d for d in self.state.draws.values() if d.state is State.IN_STEP and d.location is None])
         self._evict_overfull()
         return Resumption(
             epoch=self.state.epoch,
@@ -46,6 +48,11 @@ class StepRules(Transaction):
         if lost:
             version = len(state.versions.steps)
             self.do("rejoined", epoch=state.epoch + 1, step=commit, version=version)
+            self._draw_again(lost)
+
+    def _draw_again(self, lost: Sequence[Draw]) -> None:
+        """Their payloads are gone: others take their places."""
+        if lost:
             self.do("lost", rows=[[draw.index, draw.attempt] for draw in lost])
 
     def _needs_payload(self, draw: Draw, commit: int) -> bool:

@@ -35,6 +35,10 @@ class Syncer:
             if idle:
                 self._change.notify()
 
+    def write_log(self) -> None:
+        """Return when the rows written so far would survive a loss of power."""
+        self._attempt(self._log, None)
+
     def seal(self, path: Path, places: Sequence[Place]) -> None:
         """This segment is not written to any more; these are its packs."""
         with self._change:

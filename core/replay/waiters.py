@@ -3,10 +3,15 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from millrace.core.protocols import Receipt
+from millrace.core.errors import JournalFullError
+from millrace.core.protocols import Clock, Receipt
+
+T = TypeVar("T")
 
 _REMEMBERED = 16  # answers per worker; a worker has no more calls in flight than that
+_LACKING_S = 5.0
 _STEPS = 4  # whose waits are remembered; a learner takes one step ahead at most
 
 
@@ -49,6 +54,31 @@ class Answers:
 
     def forget(self, worker: str) -> None:
         self._known.pop(worker, None)
+
+
+class Room:
+    """Whether the journal finds room on its disk: what it last lacked, until its callers have stopped trying."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lacked, self._until = "", 0.0
+
+    def found(self, write: Callable[[], T]) -> T:
+        """What `write` comes to.
+
+        Raises:
+            JournalFullError: it is remembered for `_LACKING_S`; whoever called calls again sooner.
+        """
+        try:
+            return write()
+        except JournalFullError as caught:
+            self._lacked, self._until = str(caught), self._clock() + _LACKING_S
+            raise
+
+    @property
+    def lacking(self) -> dict[str, str]:
+        """As an entry of `QueueStatus.idle`."""
+        return {"queue": self._lacked} if self._clock() < self._until else {}
 
 
 class IdleClock:

@@ -293,6 +293,12 @@ def test_a_summary_without_scores_is_words() -> None:
     ]
 
 
+def test_the_summary_of_a_run_that_was_stopped_says_how_it_goes_on() -> None:
+    found = {"ended": "stopped", "steps": 3, "seconds": 0.0, "directory": "x", "checkpoint": "x/checkpoints/step_3.1"}
+    assert "continue with: millrace train --resume x" in summary(found).splitlines()
+    assert "continue" not in summary({**found, "ended": "finished"})
+
+
 def test_a_reward_module_beside_the_user_is_found_by_a_dry_run_too(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

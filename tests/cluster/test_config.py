@@ -134,3 +134,8 @@ def test_a_setting_is_toml_or_a_string(text: str, expected: tuple[list[str], Any
 def test_a_setting_without_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="'steps' is no setting: write key=value"):
         setting("steps")
+
+
+def test_fewer_crashes_than_tell_a_poison_prompt_from_its_neighbours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"loop\.crashes = 2: .* 3 is the least"):
+        load(tmp_path, MINIMAL, "loop.crashes=2")

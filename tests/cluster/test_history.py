@@ -150,3 +150,42 @@ def test_damage_is_told_once(history: History, parts: Parts, tmp_path: Path) -> 
     asyncio.run(history.tell_damage(parts))
     asyncio.run(history.tell_damage(parts))
     assert [event["what"] for event in rows(tmp_path, "events.jsonl")] == ["segment 3 is short"]
+
+
+def test_what_hangs_or_is_made_anew_does_not_hold_back_what_the_others_report(
+    history: History, parts: Parts, tmp_path: Path
+) -> None:
+    class Silent:
+        async def results(self, *, after: int) -> None:
+            await asyncio.Event().wait()
+
+    class Dying(Silent):
+        async def results(self, *, after: int) -> None:
+            raise ConnectionError("held-out is gone")
+
+    for number, held_out in enumerate((Silent(), Dying()), 1):
+        parts.steps = [made(step, 0.1) for step in range(1, number + 1)]
+        fresh = asyncio.run(history.collect(parts, held_out, parts, STATUS, patience_s=0.01))
+        assert [report.step for report in fresh] == [number]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_a_full_disk_is_told_once_and_so_is_its_end(
+    history: History, parts: Parts, tmp_path: Path, said: list[str]
+) -> None:
+    full = {"queue": "ledger.sqlite cannot be written: make room on that disk"}
+    for idle in ({}, full, full, {}, {}):
+        asyncio.run(history.collect(parts, None, parts, replace(STATUS, idle=idle)))
+    assert [event["kind"] for event in rows(tmp_path, "events.jsonl")] == ["disk full", "disk has room"]
+    assert "make room on that disk. Until then the run waits" in said[0]
+
+
+def test_the_last_words_of_a_lost_learner_are_not_counted_as_its_successors(history: History, parts: Parts) -> None:
+    class Lost(Parts):
+        async def reports(self, *, after: int) -> list[StepReport]:
+            history.lost("learner")
+            return [made(1, 0.1)]
+
+    assert asyncio.run(history.collect(Lost(), None, parts, STATUS)) == []
+    parts.steps = [made(1, 0.1), made(2, 0.2)]
+    assert [report.step for report in collect(history, parts)] == [1, 2]

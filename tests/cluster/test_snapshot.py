@@ -1,8 +1,11 @@
 """status.json: the fields that others rely on, and one moment at a time."""
 
+import errno
 import json
 from dataclasses import fields
 from pathlib import Path
+
+import pytest
 
 from millrace.cluster import snapshot
 from millrace.cluster.snapshot import ComponentNow, ComponentState, Snapshot, Status, lost
@@ -80,3 +83,21 @@ def test_a_lost_run_says_what_to_do() -> None:
     assert status.error["kind"] == "DriverLost"
     for part in ("at step 7 of 9", "up to step 5", "--resume runs/x"):
         assert part in status.error["message"]
+
+
+def test_on_a_full_disk_the_moment_is_written_where_the_one_before_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    moments = Snapshot(tmp_path, step=3)
+    moments.update()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    moments.update(state="failed", step=4, error={"kind": "JournalFullError", "message": "make room"})
+    found = snapshot.read(tmp_path)
+    assert found is not None and (found.step, found.state) == (4, "failed")
+    moments.update(note="x" * 2 * snapshot.BLOCK_BYTES)  # finds no room: the one before stays, whole
+    assert snapshot.read(tmp_path) == found
+    assert [path.name for path in tmp_path.iterdir()] == [snapshot.FILE]

@@ -105,7 +105,7 @@ def test_the_class_itself_is_left_as_it_was(cluster: None) -> None:
 def test_a_dead_component_is_named_with_its_cause(cluster: None) -> None:
     async def main() -> None:
         spawn = OnRay()
-        with pytest.raises(ConnectionError, match="reward-0 is gone: .*ModelError: model nowhere"):
+        with pytest.raises(ConnectionError, match="reward-0 could not be started: .*ModelError: model nowhere"):
             await spawn(Stillborn, name="reward-0").run()
         with pytest.raises(ConnectionError, match="queue is gone: .*exit"):
             await spawn(Counter, 0, name="queue").die()

@@ -1,12 +1,13 @@
 """Calls are repeated until answered, and finished items leave in packs."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
+from millrace.core import calls
 from millrace.core.calls import Bell, Outbox, persist
-from millrace.core.errors import DeadlineError, Fenced
+from millrace.core.errors import DeadlineError, Fenced, JournalFullError
 
 
 def test_a_call_that_fails_is_repeated_until_answered() -> None:
@@ -133,3 +134,42 @@ def test_a_bell_wakes_those_whose_condition_holds_now() -> None:
 
 def test_a_bell_that_nobody_rings_is_not_waited_for_longer_than_said() -> None:
     asyncio.run(asyncio.wait_for(Bell().until(lambda: False, 0.01), 5))
+
+
+class Minutes:
+    """A clock that a call moves on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def full_for(calls: int, each_s: float, clock: Minutes) -> Callable[[], Awaitable[str]]:
+    """A call that finds the disk full so often."""
+    left = [calls]
+
+    async def call() -> str:
+        clock.now += each_s
+        left[0] -= 1
+        if left[0] >= 0:
+            raise JournalFullError("ledger.sqlite cannot be written: make room on that disk")
+        return "answer"
+
+    return call
+
+
+def test_a_full_disk_is_waited_for_beyond_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "FIRST_PAUSE_S", 0.0)
+    clock = Minutes()
+    call = full_for(4, 100.0, clock)
+    assert asyncio.run(persist(call, what="w: put", remedy="", deadline_s=60, clock=clock)) == "answer"
+
+
+def test_a_disk_that_stays_full_is_an_answer_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "FIRST_PAUSE_S", 0.0)
+    clock = Minutes()
+    with pytest.raises(JournalFullError, match="make room on that disk"):
+        asyncio.run(persist(full_for(99, 100.0, clock), what="w: put", remedy="", deadline_s=60, clock=clock))
+    assert clock.now == 700.0

@@ -1,6 +1,7 @@
 """A store that dies half-way, two publishers, engines that come while a version is being published."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -130,6 +131,34 @@ def test_a_version_is_never_given_other_bytes(tmp_path: Path) -> None:
         asyncio.run(store.publish(*version_of(4, fill=9)))
     with pytest.raises(WeightsError, match="versions are never reused"):
         asyncio.run(FileWeightStore(str(tmp_path)).publish(*version_of(4, fill=9)))
+
+
+def test_a_manifest_that_is_no_text_is_ignored_and_its_number_not_given_out_again(tmp_path: Path) -> None:
+    publish(FileWeightStore(str(tmp_path)), 1, 2)
+    (tmp_path / "version_00000002.json").write_bytes(b"\xff\x00\xfe")
+    store = FileWeightStore(str(tmp_path))
+    assert store.versions == (1,) and "not a weight manifest" in store.ignored["version_00000002.json"]
+    with pytest.raises(WeightsError, match="versions are never reused"):
+        publish(store, 2)
+
+
+def test_a_version_that_finds_no_room_leaves_nothing_and_is_taken_when_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileWeightStore(str(tmp_path))
+    publish(store, 1)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(path: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        publish(store, 2)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == before and newest(store) == 1
+    publish(store, 2)
+    assert newest(store) == 2
 
 
 def test_a_store_made_again_knows_what_is_held_and_what_was_released(tmp_path: Path) -> None:

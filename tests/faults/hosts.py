@@ -13,6 +13,7 @@ import psutil
 NEAR, FAR, PORT = "10.99.0.1", "10.99.0.2", 6399
 STARTED = "This command will now block"
 WAIT_S = 60.0
+CURRENT = Path("/tmp/ray/ray_current_cluster")  # where Ray notes the last head that was started by hand
 ENVIRONMENT = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -67,6 +68,8 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
     finally:
         for node in reversed(nodes):
             _end(node)
+        if CURRENT.exists() and CURRENT.read_text().strip() == hosts.address:
+            CURRENT.unlink()  # or whoever calls ray.init() next looks for this head
         _ip("netns", "del", space)
 
 

@@ -108,7 +108,7 @@ class ChainLearner:
             assert verdict.id == group.id
             said = [plain(each) for each in verdict.verdicts]
             exact.append((tuple(group.id), payload(group), said, list(lag), use))
-            weights.append((sampled(group), said, list(lag), use))
+            weights.append((sampled(group), said, max(lag), use))  # one version may have two numbers
             tokens += group.tokens
             reused += group.tokens if use else 0
         now = self.now
@@ -123,6 +123,7 @@ class ChainLearner:
         tokens, reused = now["made"]["tokens"]
         feedback = Feedback(trained_tokens=tokens, reused_tokens=reused)
         version = await self.queue.trained(step=now["step"], epoch=now["epoch"], feedback=feedback)
+        reach("answer.trained")
         made = {key: now["made"][key] for key in ("exact", "weights")}
         self._goes_on("publish", version=version, step=now["step"] + 1, since=now["since"] + 1, **made)
 

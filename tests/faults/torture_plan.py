@@ -31,6 +31,11 @@ FAILPOINTS = (
     "weights.publish.half",
     "generation.put.before",
     "reward.put.before",
+    # Of the scripts: the call has been answered, and nobody has noted the answer.
+    "answer.lease",
+    "answer.put",
+    "answer.verdicts",
+    "answer.trained",
 )
 SOFT = ("generation.put.before", "learner.step.before", "learner.step.after", "learner.commit.before")
 PROMPTS = 17

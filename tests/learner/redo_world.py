@@ -70,6 +70,7 @@ class World:
     Args:
         kills: the learner is killed when it reaches these, one after the other: name of a failpoint or of a call of
             the queue, and how often the incarnation reaches it before. "trained" dies when it was answered.
+        fetches: after this step somebody has got the reports of all steps so far.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class World:
         vocabulary: int = 6,
         poison: frozenset[int] = frozenset(),
         kills: tuple[tuple[str, int], ...] = (),
+        fetches: int = 0,
         **learner: Any,
     ) -> None:
         self.root, self.model, self.vocabulary, self.poison = root, model, vocabulary, poison
@@ -91,6 +93,13 @@ class World:
         self.store = FileWeightStore(str(root / "weights"), keep=2)
         values = {"learning_rate": 0.05, "checkpoint_every": 2, "token_budget": 40, "threads": 1, "device": "cpu"}
         self.config = LearnerConfig.parse({**values, "queue_deadline_s": 5.0, **config}, source="test")
+        if fetches:
+
+            async def fetched(report: Any) -> None:
+                if report.step == fetches:
+                    await self.learners[-1].reports(after=fetches)
+
+            learner["on_step"] = fetched
         self.arguments = {"objective": {"advantage": "grpo", "surrogate": "clip"}, "steps": steps, **learner}
         self.kills = list(kills)
         self.made: list[tuple[int, int, str]] = []  # epoch, step, digest of the weights after it

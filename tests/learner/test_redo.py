@@ -108,17 +108,17 @@ def test_groups_whose_loss_is_not_finite_leave_the_step_again(tmp_path, table_di
 
 
 @pytest.mark.parametrize(
-    ("phase", "first"),
-    [
-        (("learner.commit.after", 1), 1),
-        (("learner.step.after", 4), 1),
-        (("learner.commit.before", 2), 1),
-        (("learner.commit.after", 2), 3),
-    ],
+    "phase",
+    [("learner.commit.after", 1), ("learner.step.after", 4), ("learner.commit.before", 2), ("learner.commit.after", 2)],
 )
-def test_reports_that_nobody_fetched_come_with_the_checkpoint(tmp_path, table_dir, phase, first):
+def test_reports_that_nobody_fetched_come_with_the_checkpoint(tmp_path, table_dir, phase):
     world = World(tmp_path, table_dir, kills=(phase,)).run()
     reports = asyncio.run(world.learners[1].reports(after=0))
-    assert [report.step for report in reports] == list(range(first, 7))
+    assert [report.step for report in reports] == list(range(1, 7))
     digests = world.surviving()
     assert all(report.weights == digests[report.step] for report in reports)
+
+
+def test_reports_that_were_fetched_are_not_kept(tmp_path, table_dir):
+    world = World(tmp_path, table_dir, fetches=2, kills=(("learner.step.after", 6),)).run()
+    assert [report.step for report in asyncio.run(world.learners[1].reports(after=0))] == [3, 4, 5, 6]

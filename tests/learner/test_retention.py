@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from millrace.learner import retention
 from millrace.learner.retention import collect, retain, surviving
 
 
@@ -53,3 +56,30 @@ def test_an_earlier_checkpoint_without_a_state_that_can_be_read_is_nobodys_best(
     (tmp_path / "step_1.1" / "learner" / "state.json").write_text("{")
     found = surviving(str(tmp_path), str(tmp_path / "step_2.1"))
     assert found == [(str(tmp_path / "step_1.1"), float("-inf")), (str(tmp_path / "step_2.1"), 0.1)]
+
+
+def test_copies_that_a_person_keeps_are_nobodys_and_stay(tmp_path):
+    copies = ["step_1.1.bak", "step_2.1 (copy)", "step_x.1", "step_1.1.partial.old"]
+    committed = directories(tmp_path, {"step_1.1": 0.1, "step_2.1": 0.2} | dict.fromkeys(copies, 0.9))[:2]
+    assert surviving(str(tmp_path), committed[1][0]) == committed
+    retain(str(tmp_path), committed, keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_2.1", *copies}
+
+
+def test_a_checkpoint_that_is_half_deleted_has_no_name_of_a_whole_one(tmp_path, monkeypatch):
+    directories(tmp_path, {"step_1.1": 0.2, "step_1.1.partial": 0.1})
+
+    def killed(path):
+        if not path.name.endswith(".partial") or (path / "learner" / "state.json").read_text() == '{"reward": 0.2}':
+            (path / "learner" / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(path)
+
+    remove = retention.shutil.rmtree
+    monkeypatch.setattr(retention.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect(str(tmp_path), [])
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_1.1.partial"]
+    collect(str(tmp_path), [])
+    assert not list(tmp_path.iterdir())

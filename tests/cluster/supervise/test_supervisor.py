@@ -11,7 +11,7 @@ from millrace.cluster.supervise import supervisor as module
 from millrace.cluster.supervise.config import SuperviseConfig
 from millrace.cluster.supervise.policy import Vital
 from millrace.cluster.supervise.supervisor import Supervisor
-from millrace.core.errors import ComponentLost, EngineDeadError, RewardError, WeightsError
+from millrace.core.errors import ComponentLost, EngineDeadError, RewardError, UserCodeError, WeightsError
 from millrace.core.types import GroupId
 
 FAST = SuperviseConfig(hang_s=0.3, busy_s=5, restarts=6, backoff_s=0.001)
@@ -52,6 +52,8 @@ class World:
 
     def __init__(self, life, *, config=FAST, name="generation-0"):
         self.oom_kills = 4
+        self.queue_answers = asyncio.Event()
+        self.queue_answers.set()
         self.processes, self.told, self.said, self.fenced, self.lost, self.ended = [], [], [], [], [], []
 
         def make():
@@ -60,6 +62,7 @@ class World:
 
         class Queue:
             async def fence(_, worker, *, cause, traceback):
+                await self.queue_answers.wait()
                 self.fenced.append((worker, cause))
                 return [GroupId(3, 0)]
 
@@ -77,6 +80,7 @@ class World:
                 self.ended.append(pid)
                 self.processes[pid - 1].dead.set()
 
+        self.nurse = Nurse
         spawn = SimpleNamespace(end=lambda name: None, nurse=lambda node: Nurse())
         self.supervisor = Supervisor(
             config,
@@ -170,11 +174,90 @@ def test_the_budget_ends_the_run_with_what_to_do():
         raise EngineDeadError("the engine's process has ended")
 
     world = World(life)
-    words = r"after 6 restarts, of 6 within.*supervise\.restarts.*engine's process.*--resume"
+    words = r"after 6 restarts, and no restart is left of the 6 within.*supervise\.restarts.*engine's process.*--resume"
     with pytest.raises(ComponentLost, match=words):
         asyncio.run(world.run())
     assert len(world.processes) == 7
     assert world.kinds()[-1] == "given up"
+
+
+def test_without_restarts_the_first_loss_ends_the_run_and_says_so():
+    async def life(process):
+        raise EngineDeadError("the engine's process has ended")
+
+    world = World(life, config=SuperviseConfig(restarts=0))
+    with pytest.raises(ComponentLost, match=r"was lost, and no restart is left of the 0 within 600 s"):
+        asyncio.run(world.run())
+    assert len(world.processes) == 1
+    assert world.supervisor.incident.endswith("given up")
+
+
+def test_what_cannot_be_constructed_ends_the_run_at_its_first_start():
+    async def life(process):
+        raise ConnectionRefusedError("generation-0 could not be started: no such model")
+
+    world = World(life)
+    with pytest.raises(ComponentLost, match="no such model"):
+        asyncio.run(world.run())
+    assert len(world.processes) == 1
+
+
+def test_what_cannot_be_constructed_after_a_loss_is_tried_again():
+    async def life(process):
+        if process.number == 1:
+            raise EngineDeadError("the engine's process has ended")
+        if process.number < 4:  # the memory of the first is not free yet
+            raise ConnectionRefusedError("generation-0 could not be started: no memory")
+
+    world = World(life)
+    asyncio.run(world.run())
+    assert len(world.processes) == 4
+
+
+def test_an_error_that_nobody_expected_is_tried_again_and_then_ends_the_run_as_it_is():
+    async def life(process):
+        raise OSError("CUDA error: unspecified launch failure")
+
+    world = World(life)
+    with pytest.raises(UserCodeError, match="CUDA error"):
+        asyncio.run(world.run())
+    assert len(world.processes) == 2
+
+
+@pytest.mark.parametrize("failure", ["she is gone", "she hangs"])
+def test_a_nurse_that_does_not_answer_ends_nobody(failure, monkeypatch):
+    monkeypatch.setattr(module, "LOOK_S", 0.02)
+
+    async def freeze(world):
+        async def no_answer(self, *args):
+            if failure == "she hangs":
+                await asyncio.Event().wait()
+            raise Gone("the nurse", "its node died")
+
+        for what in ("look", "end", "oom_kills"):
+            monkeypatch.setattr(world.nurse, what, no_answer)
+        await until(lambda: world.supervisor.components["generation-0"].pid == 1)
+        world.processes[0].frozen = True
+        await until(lambda: len(world.processes) == 2)
+
+    world = World(second_one_ends, config=SuperviseConfig(hang_s=0.1, busy_s=0.3, backoff_s=0.001))
+    asyncio.run(world.run(while_running=freeze))
+    assert "nobody there can see its process" in world.told[0]["cause"]
+
+
+def test_a_loss_shows_while_its_leases_are_still_being_ended():
+    async def kill(world):
+        component = world.supervisor.components["generation-0"]
+        await until(lambda: component.state == "serving")
+        world.queue_answers.clear()
+        world.processes[0].dead.set()
+        await until(lambda: component.state == "restarting")
+        assert len(world.processes) == 1
+        world.queue_answers.set()
+
+    world = World(second_one_ends)
+    asyncio.run(world.run(while_running=kill))
+    assert len(world.processes) == 2
 
 
 def test_wrong_weights_are_tried_again_once_not_ten_times():

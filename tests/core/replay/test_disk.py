@@ -3,10 +3,12 @@
 import asyncio
 import json
 import pickle
+import signal
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pytest
 
 from millrace.core import schema
 from millrace.core.errors import ConfigError, JournalError, LedgerError, PayloadError
-from millrace.core.replay import ledger_file
+from millrace.core.replay import ledger_file, syncer
 from millrace.core.replay.disk import DiskJournal
 from millrace.core.replay.journal import JournalConfig, Outcome
 from millrace.core.types import Group, GroupId, Prompt, Rollout, VersionRun
@@ -144,6 +146,43 @@ def test_a_second_opener_is_refused_by_the_name_of_the_first(tmp_path: Path) -> 
     own.close()
     assert subprocess.run(call, capture_output=True, timeout=60).returncode == 0
     assert list(journal(tmp_path).records()) == [{"op": "x"}]
+
+
+HOLDS = """
+import sys
+from millrace.core.replay.disk import DiskJournal
+from millrace.core.replay.journal import JournalConfig
+own = DiskJournal(sys.argv[1], JournalConfig())
+own.records()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_holder_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
+    call = [sys.executable, "-c", HOLDS, str(tmp_path)]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        holder.send_signal(signal.SIGSTOP)  # until it is killed it holds the file, whatever it does
+        Timer(0.2, holder.kill).start()
+        own = journal(tmp_path)
+    own.append({"op": "x"})
+    own.flush()
+
+
+def test_a_commit_is_answered_when_no_loss_of_power_can_undo_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever hears of it deletes the checkpoint before it."""
+    own = journal(tmp_path, fsync_s=3600)
+    written: list[str] = []
+    monkeypatch.setattr(syncer, "_fsync", lambda path: written.append(path.name) or "")
+    own._syncer.stop()
+    for op in ("trained", "committed", "announced"):
+        own.append({"op": op})
+        own.flush()
+        written.append(op)
+    assert written == ["trained", "ledger.sqlite-wal", "committed", "announced"]
 
 
 def test_a_closed_journal_says_so(tmp_path: Path) -> None:
@@ -311,3 +350,43 @@ def test_a_row_that_was_never_there_is_not_held(tmp_path: Path) -> None:
     assert not own.holds((1, 0)) and not own.damage
     with pytest.raises(PayloadError, match="row 0 of pack 1"):
         own.load((1, 0))
+
+
+def test_a_file_that_nobody_needs_goes_before_its_rows_and_rows_without_it_are_no_damage(tmp_path: Path) -> None:
+    """A kill between the two leaves rows that say what they are; the other way round it would leave a file unknown."""
+    own = journal(tmp_path, segment_bytes=1 << 12, keep_rollouts="needed")
+    locations = fill(own, 6)
+    for draw, location in enumerate(locations):
+        own.forget(outcome(location, draw))
+    own.close()
+    assert segments(tmp_path) == 0
+    own = journal(tmp_path, segment_bytes=1 << 12, keep_rollouts="needed")
+    locations = fill(own, 6)
+    copies = []
+    transaction = own._transaction
+
+    def watched(write: object, **needed: int) -> None:
+        if not copies and segments(tmp_path) < 2:
+            copies.append(as_killed(tmp_path))
+        transaction(write, **needed)
+
+    own._transaction = watched
+    for draw, location in enumerate(locations):
+        own.forget(outcome(location, draw))
+    own.close()
+    other = journal(copies[0], keep_rollouts="needed")
+    assert not other.damage and not any(other.holds(each) for each in locations)
+    other.close()
+    assert segments(copies[0]) == 0
+    third = journal(copies[0])
+    assert not third.damage and third.store(pack_of(99), [0])[0][0] > locations[-1][0]
+
+
+def test_a_segment_that_goes_while_it_waits_to_be_sealed_is_no_damage(tmp_path: Path) -> None:
+    own = journal(tmp_path, segment_bytes=1 << 12, keep_rollouts="needed")
+    for number in range(200):
+        for draw, location in enumerate(fill(own, 4)):
+            own.forget(outcome(location, number * 4 + draw))
+        own.flush()
+    own.close()
+    assert not own.damage and segments(tmp_path) == 0

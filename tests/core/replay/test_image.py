@@ -59,9 +59,11 @@ def test_a_field_of_a_newer_version_is_refused_and_one_of_an_older_keeps_its_def
     fresh = Ledger(world.config, clock=world.clock, emit=world.emit).state
     restore(fresh, record)
     assert fresh.lengths == {} and fresh.workers == world.ledger.state.workers
-    record["state"]["of_tomorrow"] = 1
-    with pytest.raises(LedgerError, match="of_tomorrow"):
-        restore(fresh, record)
+    for place in (record["state"], record["state"]["versions"], record["state"]["commits"][0]):
+        place["of_tomorrow"] = 1
+        with pytest.raises(LedgerError, match="of_tomorrow"):
+            restore(fresh, record)
+        del place["of_tomorrow"]
 
 
 def test_it_shares_nothing_with_the_state() -> None:

@@ -264,3 +264,23 @@ def test_records_of_runs_without_reuse_say_nothing_of_it():
     trained = next(record for record in d.records if record["op"] == "trained")
     assert sorted(trained) == ["epoch", "masked", "op", "step", "tokens", "version"]
     assert "reused" not in d.state.books.table()
+
+
+def test_a_payload_lost_after_its_first_use_is_drawn_again_when_that_use_is_redone():
+    d = desk(groups_per_step=2, keep_commits=2)
+    d.make(2)
+    assert uses(d, 0) == [(0, 0), (1, 0)]
+    d.train(0)
+    commit(d, 1)
+    d.ledger.recover(lambda location: location != (0, 0))
+    d.begin()
+    assert d.states()[0] is State.COMMITTED, "its use stands"
+    d.ledger.revert(step=0)  # the checkpoint is damaged, too
+    d.begin()
+    assert (d.states()[0], d.states()[1]) == (State.WAITING, State.IN_STEP)
+    assert uses(d, 0) is None
+    d.make(1)
+    assert uses(d, 0) == [(1, 0), (0, 0)]
+    assert all(d.state.draws[draw].location for draw in (0, 1))
+    table = d.state.books.table()
+    assert (table["failed:lost"], table["unaccounted"]) == (5, 0)

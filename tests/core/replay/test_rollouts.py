@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,46 @@ def test_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = pq.ParquetFile(tmp_path / "t.parquet")
     assert 1 < file.num_row_groups < 50
     assert max(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)) < 1 << 16
+
+
+def test_a_group_whose_fate_is_decided_meanwhile_is_in_the_table_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        life = await a_life_until_the_kill(tmp_path)
+        state = life.queue._ledger.state
+        live = [state.outcome(draw) for draw in state.draws.values() if draw.location is not None]
+        life.journal.forget(live[0]._replace(state="filtered"))
+        life.journal.flush()
+        assert life.journal.export(live) == 2 * state.next_draw
+        table = rows(tmp_path / "rollouts.parquet")
+        assert {row["state"] for row in table if row["draw"] == live[0].draw} == {"filtered"}
+
+    asyncio.run(main())
+
+
+def test_the_size_of_a_pack_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes Arrow a while, and thousands of small packs wait for one row group."""
+    asked: list[int] = []
+
+    class Batch:
+        @property
+        def nbytes(self) -> int:
+            asked.append(1)
+            return 1
+
+    batches = [Batch() for _ in range(50)]
+    left = iter(batches)
+    monkeypatch.setattr(rollouts, "rows_of", lambda pack, outcomes: next(left))
+    monkeypatch.setattr(rollouts, "pa", SimpleNamespace(Table=SimpleNamespace(from_batches=list)))
+    monkeypatch.setattr(rollouts, "_ROW_GROUP_BYTES", 20)
+    assert [len(each) for each in rollouts._row_groups([(b"", [])] * 50)] == [20, 20, 10]  # type: ignore[arg-type]
+    assert len(asked) == 50
+
+
+def test_feedback_that_no_utf8_holds_is_written_with_escapes() -> None:
+    verdict = ("scored", 1.0, {}, "half a pair: \ud800")
+    outcome = Outcome((1, 0), 0, 3, "committed", (0,), "", [verdict], (0,))
+    batch = rollouts.rows_of(schema.encode([group(0, 3)]), [outcome])
+    assert batch.column("feedback").to_pylist() == ["half a pair: \\ud800"]
 
 
 def test_an_export_that_fails_leaves_the_table_before_it(tmp_path: Path) -> None:
