@@ -1,7 +1,7 @@
 """How fast a run goes of late, out of what its components report. Pure, clock given."""
 
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from millrace.cluster.snapshot import Lag, LearnerNow, Rates
@@ -140,3 +140,28 @@ class Gauge:
 
 def _rate(many: float, seconds: float) -> float:
     return many / seconds if seconds > 0 else 0.0
+
+
+class Waits:
+    """What share of the time each worker waited for the queue, by cause, as often as it was looked at.
+
+    >>> waits = Waits(); waits.shares(["reward-0"])
+    {'reward-0': {}}
+    """
+
+    def __init__(self) -> None:
+        self._found: Counter[tuple[str, str]] = Counter()  # worker, cause -> looks
+        self._looks = 0
+
+    def note(self, status: QueueStatus) -> None:
+        """One look at the queue."""
+        self._looks += 1
+        self._found.update((name, status.idle_causes.get(name, "other")) for name, why in status.idle.items() if why)
+
+    def shares(self, workers: Iterable[str]) -> dict[str, dict[str, float]]:
+        """Worker -> cause -> share of the looks."""
+        shares: dict[str, dict[str, float]] = {name: {} for name in workers}
+        for (name, cause), looks in self._found.items():
+            if name in shares:
+                shares[name][cause] = looks / self._looks
+        return shares

@@ -17,6 +17,8 @@ from millrace.learner.report import StepReport
 
 PATIENCE_S = 2.0  # a component that is stopped, or still loads, answers nothing
 
+KEPT = {"step", "version", "reward/mean", "reward/invalid_rollouts", "rollout/count", "lag_0/max_gap"}
+
 
 class History:
     """Of the surviving history: what a restarted learner makes again replaces what was recorded of it.
@@ -117,7 +119,7 @@ class History:
     def _rewind(self, step: int) -> None:
         kept = self._record.rewind(step)
         self._rollouts.rewind(step)
-        self.rows = [each for each in kept if "held_out" not in each]
+        self.rows = [slim(each) for each in kept if "held_out" not in each]
         self._versions = {each["step"]: each["version"] for each in self.rows}
         self.held_out = [each["held_out"] for each in kept if "held_out" in each]
 
@@ -128,8 +130,9 @@ class History:
             self._rewind(report.step - 1)
         self._rollouts.write(report.samples)
         self._versions[report.step] = report.version
-        self.rows.append({"step": report.step, **plain(row(report, tokens=tokens))})
-        self._record.metrics(report.step, self.rows[-1])
+        numbers = {"step": report.step, **plain(row(report, tokens=tokens))}
+        self.rows.append(slim(numbers))
+        self._record.metrics(report.step, numbers)
 
     def _evaluated(self, evaluation: Evaluation) -> None:
         facts = plain(evaluated(evaluation))
@@ -150,6 +153,15 @@ class History:
             f"draw {each.draw} of prompt {each.prompt!r} was given up: {each.cause}, {each.times} times; the run goes "
             "on without it, events.jsonl has its traceback"
         )
+
+
+def slim(row: Row) -> Row:
+    """What the end of a run needs of a step's row: the others are on the disk alone.
+
+    >>> slim({"step": 1, "time/step_s": 0.5, "objective/clip_fraction": 0.1})
+    {'step': 1, 'time/step_s': 0.5}
+    """
+    return {name: value for name, value in row.items() if name in KEPT or name.startswith(("time/", "idle/"))}
 
 
 def said(event: Mapping[str, Any]) -> str:

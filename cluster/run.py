@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -10,14 +9,14 @@ from typing import Any, TypeVar
 
 from millrace.cluster import incidents
 from millrace.cluster.conclude import conclude, judge_failures
-from millrace.cluster.gauge import Gauge
+from millrace.cluster.gauge import Gauge, Waits
 from millrace.cluster.history import PATIENCE_S, History
 from millrace.cluster.plan import Plan
 from millrace.cluster.progress import line as progress_line
 from millrace.cluster.record import Recorder, plain
 from millrace.cluster.run_directory import EVENTS
 from millrace.cluster.samples import RolloutLog
-from millrace.cluster.snapshot import ComponentNow, Score, Snapshot
+from millrace.cluster.snapshot import ComponentNow, Score, Snapshot, cut_short
 from millrace.cluster.spawn import Spawn
 from millrace.cluster.supervise.supervisor import Supervisor
 from millrace.cluster.trackers import tracked
@@ -58,8 +57,7 @@ class Run:
         self._spawn = spawn
         self._say = say
         self._generated, self._version = 0, -1  # tokens and newest weights, of earlier incarnations
-        self._waiting: Counter[tuple[str, str]] = Counter()  # worker, cause -> polls
-        self._polls = 0
+        self._waits = Waits()
         self._queue: QueueStatus | None = None  # its last status
         self._stopped_at: float | None = None
         self._without_checkpoint = False
@@ -200,7 +198,7 @@ class Run:
                     task.result()  # raises what ended the component for good
             now = time.monotonic()
             if self._too_late(now) and not tasks["learner"].done():
-                await self._abandon(tasks["learner"], record)
+                self._abandon(tasks["learner"])
                 return
             status = await self._status()
             if self._gauge is None:
@@ -212,7 +210,7 @@ class Run:
                 began = last_step = last_line = reported = now
                 self._gauge = gauge
                 self._say("learner is ready; waiting for the first rollouts")
-            self._note_waits(status)
+            self._waits.note(status)
             if await self._look(status):
                 last_step = reported = now
             if tasks["learner"].done():
@@ -228,27 +226,24 @@ class Run:
     def _too_late(self, now: float) -> bool:
         return self._stopped_at is not None and now - self._stopped_at > STOP_S
 
-    async def _abandon(self, learner: asyncio.Future[None], record: Recorder) -> None:
+    def _abandon(self, learner: asyncio.Future[None]) -> None:
         """The run was stopped, and the step under way takes too long: what is committed stays."""
         learner.cancel()
         self._spawn.end("learner")
         assert self._supervisor is not None
         self._supervisor.components["learner"].enter("left")
         self._without_checkpoint = True
-        at = self._snapshot.status
-        record.event("stopped without a checkpoint", step=at.step, committed_step=at.committed_step)
-        redone = f"steps {at.committed_step + 1} to {at.step} are made again" if at.step > at.committed_step else ""
-        note = (
-            f"stopped without a checkpoint: step {at.step + 1} did not end within {STOP_S:g} s. The last commit is "
-            f"step {at.committed_step}; nothing that was generated is lost. Continue with: millrace train --resume "
-            f"{self._plan.config.directory}" + (f" ({redone})" if redone else "")
-        )
+
+    async def _note_uncommitted(self, record: Recorder) -> None:
+        """Say where a run stopped that could not commit its last steps, and how it goes on."""
+        status = await self._status()
+        if status.step == status.committed_step and not self._without_checkpoint:
+            return
+        record.event("stopped without a checkpoint", step=status.step, committed_step=status.committed_step)
+        at = self._snapshot.update(step=status.step, committed_step=status.committed_step)
+        note = f"{cut_short(at)}; nothing that was generated is lost"
         self._snapshot.update(note=note)
         self._say(note)
-
-    def _note_waits(self, status: QueueStatus) -> None:
-        self._polls += 1
-        self._waiting.update((name, status.idle_causes.get(name, "other")) for name, why in status.idle.items() if why)
 
     async def _status(self) -> QueueStatus:
         """Of the queue; a restart of it is waited for."""
@@ -335,7 +330,8 @@ class Run:
     async def _end(self, tasks: Mapping[str, asyncio.Future[None]], record: Recorder) -> None:
         """The learner is done: let the others finish what they have, and leave."""
         assert self._supervisor is not None
-        stopped = self._stopped_at is not None
+        if stopped := self._stopped_at is not None:
+            await self._note_uncommitted(record)
         self._supervisor.ending = lambda name: name not in ("queue", "weights", "held-out") or stopped
         await self._answered(self._line.queue.finish, "ending the run at the queue")
         others = {name: tasks[name] for name in self._supervisor.names if name != "learner"}
@@ -362,7 +358,7 @@ class Run:
         status = await self._status()
         if not self._without_checkpoint:
             await self._look(status, CLOSE_S if self._stopped_at is None else SOON_S)
-        ended = "finished" if status.step >= self._plan.config.loop.steps else "stopped"
+        ended = "finished" if status.committed_step >= self._plan.config.loop.steps else "stopped"
         if ended == "finished":  # of one that was stopped, `millrace rollouts` makes the file
             await self._export(record)
         tell_damage = partial(self._history.tell_damage, self._line.queue)
@@ -376,7 +372,7 @@ class Run:
             status,
             await self._answered(self._line.queue.lengths, "lengths of the rollouts"),
             ended=ended,
-            idle_workers=self._idle_workers(),
+            idle_workers=self._waits.shares(self._line.workers),
             judge_failures=failures,
         )
         record.event(found["ended"], step=found["steps"])
@@ -390,11 +386,3 @@ class Run:
         except MillraceError as caught:  # the run is made all the same
             record.event("rollouts not written", cause=str(caught))
             self._say(f"{caught}; `millrace rollouts {self._plan.config.directory}` writes them later")
-
-    def _idle_workers(self) -> Mapping[str, Mapping[str, float]]:
-        """Share of the time that each worker waited for the queue, by cause."""
-        shares: dict[str, dict[str, float]] = {name: {} for name in self._line.workers}
-        for (name, cause), polls in self._waiting.items():
-            if name in shares:
-                shares[name][cause] = polls / max(self._polls, 1)
-        return shares
