@@ -57,7 +57,7 @@ def started(directory: Path, *, engines: int, number: int) -> Job:
     table["model"] = str(directory / "model")
     table["runs"] = str(directory / "runs")
     table["generation"] = {"workers": engines}
-    table["learner"]["checkpoint_every"] = 20
+    table["learner"] = {"learning_rate": 1e-9, "checkpoint_every": 20}  # a policy that changes has other lengths later
     job = Job.submit(configs.of(table, root=directory, source="benchmark", name=f"chaos-{engines}-{number}"))
     while job.status().step < WARM_STEPS:
         if job.ended:
@@ -108,6 +108,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between kills")
+    parser.add_argument("--clean-seconds", type=float, default=120.0, help="of the arm without kills, for its rate")
     given = parser.parse_args()
     harness.refuse_a_busy_machine(anyway=given.busy)
     where = harness.machine()
@@ -117,7 +118,7 @@ def main() -> None:
         tiny_model.build(directory / "model")
         for engines in (1, 2):
             job = started(directory, engines=engines, number=0)
-            clean = measure(job, seconds=given.seconds, every_s=None)
+            clean = measure(job, seconds=given.clean_seconds, every_s=None)
             job = started(directory, engines=engines, number=1)
             chaos = measure(job, seconds=given.seconds, every_s=given.every)
             kills += list(chaos.kills)

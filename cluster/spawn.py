@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
 
+KILLED = "its process was killed, or crashed"
 MARK, END_OF_FILE = "Worker exit detail:", "connection error code 2"  # in what Ray says of a dead actor
 
 
@@ -167,7 +168,7 @@ def _reason(error: RayError) -> str:
         return f"out of memory: {lines[0]}"
     detail = next((line.partition(MARK)[2] for line in lines if MARK in line), "")
     if END_OF_FILE in detail or isinstance(error, ActorUnavailableError):  # all that Ray sees of a kill
-        return "its process was killed, or crashed"
+        return KILLED
     if not detail:
         return lines[-1]
     return detail.partition(" Some common causes")[0].strip()

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from millrace.cluster.incidents import role_of, said
 from millrace.cluster.snapshot import ComponentState
-from millrace.cluster.spawn import Gone, Handle, Spawn
+from millrace.cluster.spawn import KILLED, Gone, Handle, Spawn
 from millrace.cluster.supervise.config import SuperviseConfig
 from millrace.cluster.supervise.policy import OWN_ERROR, Budget, Watch
 from millrace.core.calls import persist
@@ -193,11 +193,14 @@ class Supervisor:
                 while not (await asyncio.wait({ping}, timeout=PING_S))[0]:
                     if why := await self._suspected(each, watch):
                         return Loss(why, fence="hung")
-                each.node, each.pid = ping.result()
+                node, pid = ping.result()
             except ConnectionError as caught:
                 return _unreachable(each, caught)
             finally:
                 ping.cancel()
+            if each.pid not in (0, pid):  # Ray was quick: the next process answers already
+                return Loss(KILLED)
+            each.node, each.pid = node, pid
             each.answered_at = self._clock()
             watch.answered(each.answered_at)
             if each.state == "starting":

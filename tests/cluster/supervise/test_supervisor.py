@@ -302,3 +302,20 @@ def test_a_prompts_fault_takes_nothing_of_the_budget():
     process_world = World(life)
     asyncio.run(process_world.run())
     assert len(process_world.processes) == 20
+
+
+def test_a_process_that_ray_replaced_between_two_pings_was_lost_all_the_same():
+    world = World(second_one_ends, name="worker-0")
+    store = Process("weights", 7, second_one_ends)
+
+    async def replace_it(world):
+        components = world.supervisor.components
+        await until(lambda: components["weights"].pid == 7)
+        store.number = 8
+        await until(lambda: components["weights"].pid == 8 and components["weights"].state == "serving")
+        world.processes[0].dead.set()
+
+    world.supervisor._lasting["weights"] = world.supervisor._component("weights", lambda: store)
+    asyncio.run(world.run(while_running=replace_it))
+    told = [(each["kind"], each["pid"]) for each in world.told if each.get("component") == "weights" and "pid" in each]
+    assert told == [("lost", 7), ("serving", 8)]
