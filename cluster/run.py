@@ -237,7 +237,7 @@ class Run:
     async def _note_uncommitted(self, record: Recorder) -> None:
         """Say where a run stopped that could not commit its last steps, and how it goes on."""
         status = await self._status()
-        if status.step == status.committed_step and not self._without_checkpoint:
+        if status.step == status.committed_step and not (status.step and self._without_checkpoint):
             return
         record.event("stopped without a checkpoint", step=status.step, committed_step=status.committed_step)
         at = self._snapshot.update(step=status.step, committed_step=status.committed_step)

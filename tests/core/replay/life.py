@@ -117,5 +117,13 @@ async def a_life_until_the_kill(folder: Path, **keep: object) -> Life:
 
 
 def as_killed(folder: Path, name: str = "after") -> Path:
-    """The files as a kill at this moment leaves them, in a folder beside it."""
-    return Path(shutil.copytree(folder, folder.with_name(f"{folder.name}-{name}")))
+    """The files as a kill at this moment leaves them, in a folder beside it.
+
+    What is sealed while it is copied changes its name; the copy is then made again.
+    """
+    copy = folder.with_name(f"{folder.name}-{name}")
+    while True:
+        try:
+            return Path(shutil.copytree(folder, copy))
+        except shutil.Error:
+            shutil.rmtree(copy)
