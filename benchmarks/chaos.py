@@ -1,10 +1,10 @@
 """Steps that a run makes while one of its processes is killed every minute, over what the measured restarts allow.
 
-    bound = steps per second without kills x (seconds - what was lost)
+    bound = rate x (seconds - what was lost)
 
-Lost are, for each kill, the seconds from the signal until the component serves again, times the share of the work that
-it stops: 1, or 1 / engines for one of several engines; for a learner also the steps since its last commit, which it
-makes again. Both arms are runs on Ray and vLLM, one after the other; kills rotate through the roles.
+The rate is that of the same run outside of its recoveries. Lost are, for each kill, the seconds from the signal until
+the component serves again, times the share of the work that it stops: 1, or 1 / engines for one of several engines; for
+a learner also the steps since its last commit, which it makes again. Kills rotate through the roles.
 """
 
 import os
@@ -16,8 +16,8 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from millrace.cluster.job import Job
 
 ROLES = ("generation-0", "learner", "reward-0", "queue", "weights")
 WARM_STEPS = 5
+SETTLED_S = 3.0  # after a component serves again, until what it does counts as undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,24 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
-    """What one run did in its time."""
+class Found:
+    """What a run did in its time."""
 
-    steps: int
+    steps: int  # of the surviving history
     seconds: float
-    kills: Sequence[Kill] = ()
+    rate: float  # steps per second, outside of recoveries
+    kills: Sequence[Kill]
+
+    def bound(self, engines: int) -> float:
+        """Steps that the restarts allow."""
+        lost_s = 0.0
+        for kill in self.kills:
+            share = 1 / engines if kill.component.startswith("generation") else 1.0
+            lost_s += share * kill.recovery_s + kill.redone_s
+        return self.rate * (self.seconds - lost_s)
 
 
-def started(directory: Path, *, engines: int, number: int) -> Job:
+def started(directory: Path, *, engines: int) -> Job:
     """A run that would go on for ever; returns when its first steps are made."""
     table = sorting_run(steps=1_000_000, groups_per_step=16)
     del table["data"]["held_out"], table["evaluation"]
@@ -58,7 +68,7 @@ def started(directory: Path, *, engines: int, number: int) -> Job:
     table["runs"] = str(directory / "runs")
     table["generation"] = {"workers": engines}
     table["learner"] = {"learning_rate": 1e-9, "checkpoint_every": 20}  # a policy that changes has other lengths later
-    job = Job.submit(configs.of(table, root=directory, source="benchmark", name=f"chaos-{engines}-{number}"))
+    job = Job.submit(configs.of(table, root=directory, source="benchmark", name=f"chaos-{engines}"))
     while job.status().step < WARM_STEPS:
         if job.ended:
             job.wait()
@@ -66,87 +76,92 @@ def started(directory: Path, *, engines: int, number: int) -> Job:
     return job
 
 
-def measure(job: Job, *, seconds: float, every_s: float | None) -> Arm:
-    """Let it run for `seconds`, with a kill each `every_s`, and end it."""
-    began, first = time.time(), job.status().step
+def disturbed(job: Job, *, seconds: float, every_s: float) -> list[tuple[str, float, int]]:
+    """Let it run for `seconds`, with a kill each `every_s`, and end it. Component, time and steps to redo of each."""
+    began = time.time()
     roles, killed = iter(ROLES * 100), []
     while (now := time.time() - began) < seconds:
-        if every_s is not None and now > every_s * (len(killed) + 0.5):
+        if now > every_s * (len(killed) + 0.5):
             status = job.status()
             name = next(roles)
             redone = status.step - status.committed_step if name == "learner" else 0
             os.kill(status.components[name]["pid"], signal.SIGKILL)
             killed.append((name, time.time(), redone))
         time.sleep(0.2)
-    steps, elapsed = job.status().step - first, time.time() - began
     job.stop(now=True)
     while not job.ended:
         time.sleep(0.2)
+    return killed
+
+
+def found(job: Job, killed: Sequence[tuple[str, float, int]], *, seconds: float) -> Found:
+    """Out of what the run has recorded."""
     events = list(job.events())
-    return Arm(steps, elapsed, [cost(events, *each, step_s=elapsed / max(1, steps)) for each in killed])
+    times = [row["time_s"] for row in job.metrics() if row["step"] > WARM_STEPS]
+    made = [at for at in times if at <= times[0] + seconds]
+    ends = [(at, serving(events, name, at)) for name, at, _ in killed]
+    calm = [at for at in made if not any(low <= at <= high + SETTLED_S for low, high in ends)]
+    calm_s = seconds - sum(high + SETTLED_S - low for low, high in ends)
+    rate = len(calm) / calm_s
+    kills = [
+        Kill(name, lost(events, name, at) - at, end - at, redone / rate)
+        for (name, at, redone), (_, end) in zip(killed, ends, strict=True)
+    ]
+    return Found(len(made), seconds, rate, kills)
 
 
-def cost(events: Sequence[Any], name: str, at_s: float, redone: int, *, step_s: float) -> Kill:
-    """Of the kill of a component at a time."""
-    of = [each for each in events if each.get("component") == name and each["time_s"] > at_s]
-    noticed = next(each["time_s"] for each in of if each["kind"] == "lost")
-    serving = next(each["time_s"] for each in of if each["kind"] == "serving")
-    return Kill(name, noticed - at_s, serving - at_s, redone * step_s)
+def lost(events: Sequence[Any], name: str, at_s: float) -> float:
+    """When the supervisor told that a component, killed at a time, was lost."""
+    return _told(events, "lost", name, at_s)
 
 
-def bound(clean: Arm, chaos: Arm, *, engines: int) -> float:
-    """Steps that the arm with kills could have made."""
-    lost_s = 0.0
-    for kill in chaos.kills:
-        share = 1 / engines if kill.component.startswith("generation") else 1.0
-        lost_s += share * kill.recovery_s + kill.redone_s
-    return clean.steps / clean.seconds * (chaos.seconds - lost_s)
+def serving(events: Sequence[Any], name: str, at_s: float) -> float:
+    """When it told that the component was back."""
+    return _told(events, "serving", name, at_s)
+
+
+def _told(events: Sequence[Any], kind: str, name: str, at_s: float) -> float:
+    return next(e["time_s"] for e in events if e["kind"] == kind and e["component"] == name and e["time_s"] > at_s)
 
 
 def main() -> None:
-    """One engine and two, each without and with kills."""
+    """One engine and two."""
     parser = harness.arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between kills")
-    parser.add_argument("--clean-seconds", type=float, default=120.0, help="of the arm without kills, for its rate")
     given = parser.parse_args()
     harness.refuse_a_busy_machine(anyway=given.busy)
     where = harness.machine()
-    rows, kills = [], []
+    runs: dict[int, Found] = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         tiny_model.build(directory / "model")
         for engines in (1, 2):
-            job = started(directory, engines=engines, number=0)
-            clean = measure(job, seconds=given.clean_seconds, every_s=None)
-            job = started(directory, engines=engines, number=1)
-            chaos = measure(job, seconds=given.seconds, every_s=given.every)
-            kills += list(chaos.kills)
-            allowed = bound(clean, chaos, engines=engines)
-            details = {"clean": clean, "chaos": chaos, "bound_steps": allowed}
-            what = (
-                f"useful steps in {given.seconds:g} s with a kill each {given.every:g} s / bound, {engines} engine(s)"
-            )
-            rows.append(
-                harness.row(
-                    f"chaos-{engines}",
-                    what,
-                    chaos.steps / allowed,
-                    target=(">=", 0.95),
-                    where=where,
-                    details={key: str(value) for key, value in details.items()},
-                )
-            )
-            print(f"  {engines} engines: {chaos.steps} steps, clean {clean.steps}, bound {allowed:.0f}")
+            job = started(directory, engines=engines)
+            killed = disturbed(job, seconds=given.seconds, every_s=given.every)
+            runs[engines] = found(job, killed, seconds=given.seconds)
+    rows = rows_of(runs, every_s=given.every, where=where)
+    if not given.no_record:
+        harness.record(rows)
+
+
+def rows_of(runs: Mapping[int, Found], *, every_s: float, where: str) -> list[harness.Row]:
+    """A row for each number of engines, and one for each role's recovery."""
+    rows = []
+    for engines, run in runs.items():
+        allowed = run.bound(engines)
+        what = f"steps in {run.seconds:g} s with a kill each {every_s:g} s / bound, {engines} engine(s)"
+        details = {"steps": run.steps, "bound": allowed, "rate": run.rate, "kills": [asdict(k) for k in run.kills]}
+        value = run.steps / allowed
+        rows.append(harness.row(f"chaos-{engines}", what, value, target=(">=", 0.95), where=where, details=details))
     for role in ROLES:
-        own = [kill for kill in kills if kill.component == role]
+        own = [kill for run in runs.values() for kill in run.kills if kill.component == role]
         if own:
             median = statistics.median(kill.recovery_s for kill in own)
             details = {"noticed_s": [k.noticed_s for k in own], "recovery_s": [k.recovery_s for k in own]}
             what = f"seconds from kill -9 of {role} until it serves again"
             rows.append(harness.row(f"recovery-{role}", what, median, target=None, where=where, details=details))
-    if not given.no_record:
-        harness.record(rows)
+    return rows
 
 
 if __name__ == "__main__":

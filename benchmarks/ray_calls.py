@@ -31,10 +31,11 @@ from millrace.cluster.cli import setting
 from millrace.cluster.plan import make_plan
 from millrace.cluster.run import Run
 from millrace.cluster.runtime import ray_cluster
-from millrace.cluster.spawn import OnRay
+from millrace.cluster.spawn import OnRay, Reachable
 from millrace.learner.table_model import TableConfig, TableForCausalLM
 
-PER_SECOND = ("heartbeat", "status", "reports", "results", "held")  # the clock makes them, not the rollouts
+# The clock makes them, not the rollouts.
+PER_SECOND = ("heartbeat", "status", "reports", "results", "held", "events", "whereabouts")
 SIZES: Mapping[int, tuple[float, Mapping[str, Any]]] = {  # rollouts per step -> target, run
     128: (0.2, {"engine": "vllm", "groups_per_step": 16, "steps": 80, "slots": 64}),
     1024: (0.05, {"engine": "table", "groups_per_step": 128, "steps": 20, "slots": 1024}),
@@ -76,7 +77,8 @@ class CountingOnRay(OnRay):
         self.handles: dict[str, Any] = {}
 
     def __call__(self, cls: type, *args: Any, name: str, **kwargs: Any) -> Any:
-        self.handles[name] = super().__call__(counted(cls), *args, name=name, **kwargs)
+        reachable = type(cls.__name__, (cls, Reachable), {})  # the supervisor's pings are calls, too
+        self.handles[name] = super().__call__(counted(reachable), *args, name=name, **kwargs)
         return self.handles[name]
 
     async def calls(self) -> dict[str, dict[str, int]]:
