@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
 
+PIECE_BYTES, DESCRIBED_BYTES = 64 * 2**10, 8 * 2**20  # Ray takes arguments of 100 KiB each and 10 MiB in all in place
 KILLED = "its process was killed, or crashed"
 MARK, END_OF_FILE = "Worker exit detail:", "connection error code 2"  # in what Ray says of a dead actor
 
@@ -212,12 +213,23 @@ class OnRay:
         # Ray wraps the methods of the class it is given, in place.
         own = type(cls.__name__, (cls, Reachable), {"__init__": _unpacked} if lasting else {})
         self.end(name)
-        if lasting:  # Ray forgets large arguments when they were used once; these are kept for the next process
-            self._arguments[name] = ray.put((cls, args, kwargs))
-            args, kwargs = ([self._arguments[name]],), {}
+        if lasting:
+            args, kwargs = self._kept(name, (cls, args, kwargs)), {}
         actor = ray.remote(own).options(**options).remote(*args, **kwargs)
         self._actors[name] = actor
         return Handle(actor, name)
+
+    def _kept(self, name: str, arguments: Any) -> tuple[Any, ...]:
+        """Arguments that a restarted process gets again: Ray forgets large ones when they were used once.
+
+        Pieces that are small enough stay in its description of the actor; a whole that is too large for it is held in
+        the object store, which Ray warns of.
+        """
+        whole = ray.cloudpickle.dumps(arguments)
+        if len(whole) <= DESCRIBED_BYTES:
+            return tuple(whole[at : at + PIECE_BYTES] for at in range(0, len(whole), PIECE_BYTES))
+        self._arguments[name] = ray.put(arguments)
+        return ([self._arguments[name]],)
 
     def end(self, name: str) -> None:
         actor = self._actors.pop(name, None)
@@ -241,9 +253,10 @@ class OnRay:
             self.end(name)
 
 
-def _unpacked(self: Any, kept: list[Any]) -> None:
+def _unpacked(self: Any, *kept: Any) -> None:
     """The constructor of a component whose arguments are kept."""
-    cls, args, kwargs = ray.get(kept[0])
+    whole = ray.get(kept[0][0]) if isinstance(kept[0], list) else ray.cloudpickle.loads(b"".join(kept))
+    cls, args, kwargs = whole
     cls.__init__(self, *args, **kwargs)
 
 

@@ -29,6 +29,10 @@ class Hosts:
         """Nothing passes any more."""
         _ip("link", "set", self._cable, "down")
 
+    def worsen(self, *how: str) -> None:
+        """A bad line, as `tc netem` has it: "delay", "200ms", "loss", "1%"."""
+        subprocess.run(("tc", "qdisc", "add", "dev", self._cable, "root", "netem", *how), check=True)
+
     def plug(self) -> None:
         _ip("link", "set", self._cable, "up")
 

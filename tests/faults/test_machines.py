@@ -95,6 +95,20 @@ def test_a_short_partition_costs_nothing_and_a_long_one_only_what_was_beyond_it(
     assert {each["component"] for each in ended.told("lost")} == beyond
 
 
+def test_a_bad_line_slows_a_run_and_restarts_nobody(paced_run: Any, hosts: Hosts) -> None:
+    config = paced_run(generation={"workers": 3, "slots": 8}, rewards={"workers": 2})
+    with Scene.start(config, address=hosts.address) as scene:
+        scene.until(step=3)
+        here = scene.job.status().components["queue"]["node"]
+        assert any(each["node"] != here for each in scene.job.status().components.values())
+        hosts.worsen("delay", "200ms", "loss", "1%")
+        scene.until(step=scene.job.status().step + 10)
+        assert scene.job.status().incidents == 0
+        ended = scene.end()
+    invariants.hold(ended)
+    assert ended.result is not None and ended.result["draws"]["committed"] == 60 * 8
+
+
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
     """A cgroup whose processes may have little memory."""
