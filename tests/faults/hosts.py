@@ -29,9 +29,11 @@ class Hosts:
         """Nothing passes any more."""
         _ip("link", "set", self._cable, "down")
 
-    def worsen(self, *how: str) -> None:
-        """A bad line, as `tc netem` has it: "delay", "200ms", "loss", "1%"."""
-        subprocess.run(("tc", "qdisc", "add", "dev", self._cable, "root", "netem", *how), check=True)
+    def worsen(self, *how: str) -> str:
+        """A bad line, as `tc netem` has it: "delay", "200ms", "loss", "1%". Why there can be none here; "" when done."""
+        command = ("tc", "qdisc", "add", "dev", self._cable, "root", "netem", *how)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return f"no line can be made worse here: {done.stderr.strip()}" if done.returncode else ""
 
     def plug(self) -> None:
         _ip("link", "set", self._cable, "up")
