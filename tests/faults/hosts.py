@@ -30,7 +30,7 @@ class Hosts:
         _ip("link", "set", self._cable, "down")
 
     def worsen(self, *how: str) -> str:
-        """A bad line, as `tc netem` has it: "delay", "200ms", "loss", "1%". Why there can be none here; "" when done."""
+        """A bad line, as `tc netem` has it: "delay", "200ms". Returns why there can be none here; "" when done."""
         command = ("tc", "qdisc", "add", "dev", self._cable, "root", "netem", *how)
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return f"no line can be made worse here: {done.stderr.strip()}" if done.returncode else ""
