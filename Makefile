@@ -15,9 +15,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 help:
 	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about two minutes after set-up)"
 	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
-	@echo "make test-fast  the pure tests: no Ray, no vLLM (about a minute and a half)"
+	@echo "make test-fast  the pure tests: no Ray, no vLLM (about two and a half minutes)"
 	@echo "make test-long  the suites that take longer"
-	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (up to 20 minutes)"
+	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (half an hour or so)"
 	@echo "make test-trl   our losses beside TRL's own, in an environment of its own"
 	@echo "make docs       the documentation as pages, in site/"
 	@echo "make bench      the figures of benchmarks/README.md (about eight minutes, on a machine with nothing else to do)"
