@@ -12,6 +12,8 @@ from millrace.cluster.config import RunConfig
 from tests.faults import rewards
 from tests.faults.harness import gate_of
 
+collect_ignore = ["poison"]  # to import it, as the search for doctests does, is to be poisoned by it
+
 Table = dict[str, Any]
 MakeRun = Callable[..., RunConfig]
 
