@@ -133,7 +133,7 @@ def main() -> None:
                 found, details = compare(connections, work, pairs=given.pairs, warm=warm)
                 details["cores"] = len(cores)
                 target: harness.Target | None = None if work.publish_every else (">=", 0.9)
-                id = f"generation-{name}" + ("-one-core" if given.one_core else "")
+                id = f"P6/{name}" + ("-one-core" if given.one_core else "")
                 what = f"generation worker / raw vLLM, tokens/s, {lengths}"
                 rows.append(harness.row(id, what, found, target=target, where=where, details=details))
                 print(f"  {name}: {found} {details}")

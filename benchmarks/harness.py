@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "spine.json"
+RESULTS = ROOT / "benchmarks" / "results"
 CODE = ("core", "actors", "rewards", "learner", "cluster", "recipes", "examples", "benchmarks/*.py")
 RESAMPLES = 10_000
 
@@ -168,12 +168,14 @@ def row(
     )
 
 
-def record(rows: Sequence[Row], path: Path = RESULTS, *, say: Callable[[str], None] = print) -> None:
-    """Print the rows and append them to the results."""
+def record(rows: Sequence[Row], path: Path | None = None, *, say: Callable[[str], None] = print) -> None:
+    """Print the rows, and put them into the script's own file in results/ in the place of those with the same id."""
+    path = path or RESULTS / f"{Path(sys.argv[0]).stem}.json"
     for each in rows:
         verdict = {True: "reached", False: "MISSED", None: ""}[each.reached]
         interval = f" [{each.interval[0]:.3f}, {each.interval[1]:.3f}]" if each.interval else ""
         say(f"{each.id}: {each.value:.4g}{interval}  {each.what}  {each.target} {verdict}".rstrip())
-    known = json.loads(path.read_text()) if path.exists() else []
+    known = {each["id"]: each for each in (json.loads(path.read_text()) if path.exists() else ())}
+    known |= {each.id: asdict(each) for each in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known + [asdict(each) for each in rows], indent=1) + "\n")
+    path.write_text(json.dumps(list(known.values()), indent=1) + "\n")

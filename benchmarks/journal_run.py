@@ -5,19 +5,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import asyncio
-import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, runs
 from benchmarks.sorting_run import sorting_run
 from examples import tiny_model
-from millrace.cluster import config as configs
-from millrace.cluster.plan import make_plan
-from millrace.cluster.run import Run
 from millrace.cluster.runtime import ray_cluster
-from millrace.cluster.spawn import OnRay
 
 SKIPPED = 5  # first steps, which wait for engines and caches
 
@@ -27,17 +21,7 @@ def steps_per_s(directory: Path, *, on_disk: bool, steps: int, number: int) -> f
     table = sorting_run(steps=steps, groups_per_step=16)
     del table["data"]["held_out"], table["evaluation"]
     table["journal"] = {"on_disk": on_disk}
-    table["model"] = str(directory / "model")
-    config = configs.of(table, root=directory, source="benchmark", name=f"run-{number}")
-    config.directory.mkdir(parents=True)
-    spawn = OnRay()
-    try:
-        asyncio.run(Run(make_plan(config), spawn=spawn, resume=False, say=lambda line: None).execute())
-    finally:
-        spawn.kill()
-    rows = [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
-    spent = [row["time/step_s"] for row in rows if "time/step_s" in row][SKIPPED:]
-    return len(spent) / sum(spent)
+    return runs.execute(table, root=directory, name=f"run-{number}").steps_per_s(SKIPPED)
 
 
 def main() -> None:

@@ -242,7 +242,7 @@ def main() -> None:
         for kind in (SHORT, LONG_TAIL):
             found, details = compare(kind, directory, pairs=given.pairs)
             what = f"learner / plain padded torch step, tokens/s, {kind} lengths"
-            id = f"learner-{kind.split()[0]}"
+            id = f"P7/{kind.split()[0]}"
             rows.append(harness.row(id, what, found, target=(">=", TARGET[kind]), where=where, details=details))
             print(f"  {kind}: {details}")
     if given.no_record:

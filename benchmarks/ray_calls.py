@@ -167,9 +167,7 @@ def main() -> None:
         what = f"Ray calls per trained rollout, {size} rollouts per step, {SIZES[size][1]['engine']} engine"
         if given.settings:
             what += ", " + " ".join(given.settings)
-        rows.append(
-            harness.row(f"ray-calls-{size}", what, found, target=("<=", SIZES[size][0]), where=where, details=details)
-        )
+        rows.append(harness.row(f"P4/{size}", what, found, target=("<=", SIZES[size][0]), where=where, details=details))
         print(f"  {size}: {found:.4f} {json.dumps(details, indent=1)}")
     if not given.no_record:
         harness.record(rows)

@@ -60,18 +60,18 @@ def test_a_target_is_reached_or_not(value: float, target: harness.Target | None,
     assert row.interval is None
 
 
-def test_rows_are_appended_with_all_keys(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "spine.json"
+def test_rows_are_kept_with_all_keys_the_last_of_each_id(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "script.json"
     said: list[str] = []
     found = harness.Ratio(median=0.8, low=0.7, high=0.85)
-    for id in ("first", "second"):
-        row = harness.row(id, "ours / theirs", found, target=(">=", 0.9), where="here", details={"limit": 1})
+    for id, value in (("first", 1.0), ("second", found), ("first", found)):
+        row = harness.row(id, "ours / theirs", value, target=(">=", 0.9), where="here", details={"limit": 1})
         harness.record([row], path, say=said.append)
     rows = json.loads(path.read_text())
     assert [row["id"] for row in rows] == ["first", "second"]
     assert all(set(row) == KEYS for row in rows)
     assert rows[0]["interval"] == [0.7, 0.85]
-    assert "MISSED" in said[0]
+    assert "reached" in said[0] and "MISSED" in said[1]
 
 
 def test_a_busy_machine_is_refused_unless_one_insists(monkeypatch: pytest.MonkeyPatch) -> None:
