@@ -46,7 +46,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long
 
 test-faults: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/faults tests/actors/engines/test_vllm_async_ends.py
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests/faults tests/actors/engines/test_vllm_async_ends.py
 
 test-trl: $(READY) .venv-trl/.ready
 	$(BIN)/python -m pytest -q -m trl
@@ -56,6 +56,18 @@ test-trl: $(READY) .venv-trl/.ready
 	@$(PYTHON) -m venv .venv-trl
 	@.venv-trl/bin/python -m pip install -qq --disable-pip-version-check trl==1.16.0 torch==2.13.0+cpu transformers==5.19.0 numpy
 	@touch .venv-trl/.ready
+
+.venv-reverb/.ready:
+	@echo "setting up .venv-reverb: Reverb and its TensorFlow, about 2 GB"
+	@$(PYTHON) -m venv .venv-reverb
+	@.venv-reverb/bin/python -m pip install -qq --disable-pip-version-check "dm-reverb[tensorflow]==0.14.0"
+	@touch .venv-reverb/.ready
+
+.venv-transferqueue/.ready:
+	@echo "setting up .venv-transferqueue: TransferQueue, PyTorch and Ray, about 1.5 GB"
+	@$(PYTHON) -m venv .venv-transferqueue
+	@.venv-transferqueue/bin/python -m pip install -qq --disable-pip-version-check TransferQueue==0.1.11 torch==2.13.0+cpu ray==2.60.0
+	@touch .venv-transferqueue/.ready
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict

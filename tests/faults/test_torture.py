@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,10 @@ def test_a_queue_that_is_killed_five_hundred_times_loses_nothing(tmp_path: Path,
 AT = {  # where a kill shows it soonest, and what is said; "" for whatever it trips over first
     "commits_before_the_rename": ("learner.commit.before", "it is not there"),
     "answers_before_the_flush": ("answer.put", ""),
-    "redoes_in_another_order": ("learner.step.after", "the learner's chain is not the ledger's"),
+    "redoes_in_another_order": (
+        "learner.step.after",
+        "the learner's chain is not the ledger's|redone with another result",
+    ),
     "accepts_a_put_twice": ("answer.put", "was accepted twice"),
     "moves_the_pointer_alone": ("learner.commit.after", ""),
     "compacts_in_two_transactions": ("journal.compact", ""),
@@ -66,4 +70,4 @@ def test_planted_bugs_are_found(tmp_path: Path, plant: str) -> None:
     at, said = AT[plant]
     facts = tortured(tmp_path, kills=100, seed=1, plant=plant, at=at)
     assert facts["found"], f"{plant} was not found by {facts['kills']} kills"
-    assert said in facts["found"], facts["found"]
+    assert re.search(said, facts["found"]), facts["found"]
