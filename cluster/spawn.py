@@ -5,6 +5,7 @@ both return a handle on which `await handle.method(...)` means the same, from an
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
 
 PIECE_BYTES, DESCRIBED_BYTES = 64 * 2**10, 8 * 2**20  # Ray takes arguments of 100 KiB each and 10 MiB in all in place
+COLLECTED_AT = (100_000, 50, 100)  # new objects, and younger collections, at which a lasting process looks for garbage
 KILLED = "its process was killed, or crashed"
 MARK, END_OF_FILE = "Worker exit detail:", "connection error code 2"  # in what Ray says of a dead actor
 
@@ -258,6 +260,9 @@ def _unpacked(self: Any, *kept: Any) -> None:
     whole = ray.get(kept[0][0]) if isinstance(kept[0], list) else ray.cloudpickle.loads(b"".join(kept))
     cls, args, kwargs = whole
     cls.__init__(self, *args, **kwargs)
+    # What it imported and holds is no garbage: collections would look through all of it every few thousand rollouts.
+    gc.freeze()
+    gc.set_threshold(*COLLECTED_AT)
 
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:

@@ -10,11 +10,12 @@ Groups cross machines as a *pack*: one Arrow record batch, see core/schema.py.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from millrace.core.schema import Pack
 from millrace.core.types import Floats, GroupId, GroupVerdict, Ints, Lease, Prompt, Rollout, WorkerId
 
 
@@ -41,6 +42,14 @@ class Receipt:
     id: GroupId
     accepted: bool  # it is stored, by this call or by the one that it repeats; False: fenced, or bad
     reason: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One for every group of a pack: as little as possible is pickled by name."""
+        return _receipt, (*self.id, self.accepted, self.reason)
+
+
+def _receipt(draw: int, attempt: int, accepted: bool, reason: str) -> Receipt:
+    return Receipt(id=GroupId(draw, attempt), accepted=accepted, reason=reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +78,7 @@ class Taken:
     """The recorded batch of one step, in order. The same for every repetition of the call."""
 
     step: int
-    pack: bytes  # groups, see core/schema.py
+    pack: Pack  # groups, see core/schema.py
     verdicts: Sequence[GroupVerdict]  # in the order of the pack
     lag: Sequence[Sequence[int]]  # per group, per version run in rollout order: lag of these tokens, in versions
     masked: bool = False  # the stale rule `mask`: tokens with lag > max_lag leave the loss
@@ -152,7 +161,7 @@ class Queue(Protocol):
         """Draws to generate; also returns, empty-handed, when a newer version than `version` is announced."""
         ...
 
-    async def put_groups(self, worker: WorkerId, *, epoch: int, pack: bytes, request: str) -> Sequence[Receipt]:
+    async def put_groups(self, worker: WorkerId, *, epoch: int, pack: Pack, request: str) -> Sequence[Receipt]:
         """Accept finished groups; durable when it returns. Never waits for room: the lease reserved it."""
         ...
 
@@ -170,7 +179,7 @@ class Queue(Protocol):
         """
         ...
 
-    async def lease_groups(self, worker: WorkerId, *, epoch: int, want: int, request: str, wait_s: float) -> bytes:
+    async def lease_groups(self, worker: WorkerId, *, epoch: int, want: int, request: str, wait_s: float) -> Pack:
         """A pack of generated groups to judge; b"" when there is none after `wait_s`."""
         ...
 
@@ -264,7 +273,7 @@ class Manifest:
     step: int  # optimiser steps made
     epoch: int  # of the learner
     tensors: tuple[Tensor, ...]
-    digest: str  # sha256 of the buffer, hexadecimal
+    digest: str  # of the buffer, see core/weights.py
     probes: tuple[Probe, ...] = ()
     tolerance: float = 1e-4  # nats, on probes
     adapter: Adapter | None = None  # None: the tensors are the whole weights
@@ -341,6 +350,10 @@ class WeightStore(Protocol):
 
     async def fetch(self, version: int) -> WeightHandle:
         """The handle of `version`, or of the newest if that one is gone. Waits for neither."""
+        ...
+
+    async def newer(self, *, than: int, wait_s: float) -> WeightHandle | None:
+        """The newest version, as soon as it is above `than`; None after `wait_s` seconds without one."""
         ...
 
 

@@ -1,7 +1,8 @@
 """The Arrow schema of a group: at once wire format, journal format and the user's data.
 
 A *pack* is some groups as bytes: an eight-byte mark with the schema's version, then one Arrow record batch
-in IPC format, one row per group. Its log-probabilities and tokens are read in place, without a copy.
+in IPC format, one row per group. Its log-probabilities and tokens are read in place, without a copy. Packs made here
+are Arrow buffers, which Ray carries beside its pickles: whoever receives one reads it where Ray put it.
 
 Per token it holds 4 bytes of id and 4 of log-probability; versions are runs, and `sampled` is absent where
 every token was sampled.
@@ -11,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,8 @@ from millrace.core.types import Group, GroupId, Prompt, Rollout, VersionRun
 
 SCHEMA_VERSION = 1
 MARK = b"millrac" + bytes([SCHEMA_VERSION])
+Pack: TypeAlias = bytes | pa.Buffer
+Run: TypeAlias = tuple[int, int, int]  # version, start, end
 
 _RUN = pa.struct([("version", pa.int32()), ("start", pa.int32()), ("end", pa.int32())])
 _PROMPT = pa.struct(
@@ -50,6 +54,7 @@ SCHEMA = pa.schema(
         ("rollouts", pa.list_(_ROLLOUT)),
     ]
 )
+_HEAD_BYTES, _END_BYTES = SCHEMA.serialize().size, 8  # of an Arrow stream, before and after its batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +66,7 @@ class GroupHeader:
     n: int
     tokens: int  # generated, of all rollouts
     oldest_version: int
-    runs: tuple[tuple[VersionRun, ...], ...]  # per rollout
+    runs: tuple[tuple[Run, ...], ...]  # per rollout, as VersionRun
 
 
 def _offsets(lengths: Sequence[int]) -> pa.Array:
@@ -78,7 +83,8 @@ def _struct(columns: Sequence[pa.Array], kind: pa.StructType) -> pa.Array:
 
 def _sampled(rollouts: Sequence[Rollout]) -> pa.Array:
     """Null where every token was sampled, which is the rule."""
-    full = np.array([bool(r.sampled_T.all()) for r in rollouts], np.bool_)
+    whole = bool(np.concatenate([r.sampled_T for r in rollouts]).all()) if rollouts else True
+    full = np.array([whole or bool(r.sampled_T.all()) for r in rollouts], np.bool_)
     lengths = [0 if skip else len(r) for r, skip in zip(rollouts, full, strict=True)]
     parts = [r.sampled_T for r, skip in zip(rollouts, full, strict=True) if not skip]
     values = pa.array(np.concatenate(parts)) if parts else pa.array([], pa.bool_())
@@ -91,7 +97,7 @@ def _versions(rollouts: Sequence[Rollout]) -> pa.Array:
     return pa.ListArray.from_arrays(_offsets([len(r.versions) for r in rollouts]), values)
 
 
-def encode(groups: Sequence[Group]) -> bytes:
+def encode(groups: Sequence[Group]) -> Pack:
     """Pack groups. Verdicts are not part of a pack: the queue holds them beside it."""
     prompts = [group.prompt for group in groups]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -132,12 +138,18 @@ def encode(groups: Sequence[Group]) -> bytes:
     return _write(batch)
 
 
-def _write(batch: pa.RecordBatch) -> bytes:
-    body: bytes = batch.serialize().to_pybytes()
-    return MARK + body
+def _write(batch: pa.RecordBatch) -> Pack:
+    """In one copy: behind a stream's schema, whose last bytes then become the mark."""
+    end = _HEAD_BYTES + pa.ipc.get_record_batch_size(batch)
+    stream = pa.allocate_buffer(end + _END_BYTES)
+    with pa.FixedSizeBufferWriter(stream) as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_batch(batch)
+    first = _HEAD_BYTES - len(MARK)
+    memoryview(stream).cast("B")[first:_HEAD_BYTES] = MARK
+    return stream[first:end]
 
 
-def read(pack: bytes) -> pa.RecordBatch:
+def read(pack: Pack) -> pa.RecordBatch:
     """The record batch of a pack, in place.
 
     Raises:
@@ -157,7 +169,7 @@ def _list(array: pa.ListArray) -> tuple[np.ndarray, pa.Array]:
     return array.offsets.to_numpy(), array.values
 
 
-def decode(pack: bytes) -> list[Group]:
+def decode(pack: Pack) -> list[Group]:
     """The groups of a pack; their arrays are read-only views of its bytes."""
     batch = read(pack)
     members, table = _list(batch.column("rollouts"))
@@ -191,34 +203,36 @@ def _prompts(column: pa.StructArray) -> list[Prompt]:
     ]
 
 
-def _runs(column: pa.ListArray) -> list[tuple[VersionRun, ...]]:
+def _runs(column: pa.ListArray) -> list[tuple[Run, ...]]:
+    """Of each rollout."""
     offsets, values = _list(column)
-    rows = zip(*(values.field(name).to_pylist() for name in ("version", "start", "end")), strict=True)
-    runs = [VersionRun(*row) for row in rows]
-    return [tuple(runs[start:end]) for start, end in pairwise(offsets)]
+    runs = list(zip(*(values.field(name).to_numpy().tolist() for name in ("version", "start", "end")), strict=True))
+    return [tuple(runs[start:end]) for start, end in pairwise(offsets.tolist())]
 
 
 def _rollouts(table: pa.StructArray) -> list[Rollout]:
-    offsets, ids = _list(table.field("tokens"))
-    tokens = ids.to_numpy()
+    ends, ids = _list(table.field("tokens"))
+    offsets, tokens = ends.tolist(), ids.to_numpy()
     # Both columns are written with the same offsets, but a slice may have moved one of them.
-    at, values = _list(table.field("behaviour_logprob"))
-    logprobs = values.to_numpy()
+    ends, values = _list(table.field("behaviour_logprob"))
+    at, logprobs = ends.tolist(), values.to_numpy()
     sampled = table.field("sampled")
     some = sampled.to_pylist() if sampled.null_count < len(sampled) else None
+    all_T = np.ones(max((end - start for start, end in pairwise(offsets)), default=0), np.bool_)
+    all_T.flags.writeable = False
     runs = _runs(table.field("versions"))
     reasons = table.field("finish_reason").to_pylist()
     seeds = table.field("seed").to_pylist()
     out = []
     for i in range(len(table)):
-        length = int(offsets[i + 1] - offsets[i])
+        start, end = offsets[i], offsets[i + 1]
         given = some[i] if some is not None else None
         out.append(
             Rollout(
-                tokens_T=tokens[offsets[i] : offsets[i + 1]],
-                sampled_T=np.ones(length, np.bool_) if given is None else np.array(given, np.bool_),
+                tokens_T=tokens[start:end],
+                sampled_T=all_T[: end - start] if given is None else np.array(given, np.bool_),
                 behaviour_logprob_T=logprobs[at[i] : at[i + 1]],
-                versions=runs[i],
+                versions=tuple([VersionRun(*run) for run in runs[i]]),
                 finish_reason=reasons[i],
                 seed=seeds[i],
             )
@@ -226,11 +240,11 @@ def _rollouts(table: pa.StructArray) -> list[Rollout]:
     return out
 
 
-def headers(pack: bytes) -> list[GroupHeader]:
+def headers(pack: Pack) -> list[GroupHeader]:
     """What the ledger needs of every group of a pack."""
     batch = read(pack)
     members, table = _list(batch.column("rollouts"))
-    offsets = table.field("tokens").offsets.to_numpy()
+    offsets = table.field("tokens").offsets.to_numpy().tolist()
     runs = _runs(table.field("versions"))
     draws, attempts, epochs = (batch.column(c).to_pylist() for c in ("draw", "attempt", "lease_epoch"))
     out = []
@@ -241,29 +255,33 @@ def headers(pack: bytes) -> list[GroupHeader]:
                 id=GroupId(draws[i], attempts[i]),
                 lease_epoch=epochs[i],
                 n=end - start,
-                tokens=int(offsets[end] - offsets[start]),
-                oldest_version=min((run.version for rollout in group for run in rollout), default=-1),
+                tokens=offsets[end] - offsets[start],
+                oldest_version=min([run[0] for rollout in group for run in rollout], default=-1),
                 runs=group,
             )
         )
     return out
 
 
-def select(rows: Sequence[tuple[bytes, int]]) -> bytes:
-    """A new pack of the named rows of other packs, in the order given. Neighbours are copied together."""
+def select(rows: Sequence[tuple[Pack, int]]) -> Pack:
+    """A pack of the named rows of other packs, in the order given. Neighbours are copied together, a whole not at all.
+
+    >>> pack = encode([])
+    >>> len(select([])) == len(pack)
+    True
+    """
     opened: dict[int, pa.RecordBatch] = {}
-    slices: list[pa.RecordBatch] = []
-    run: tuple[int, int, int] | None = None  # pack, first row, rows
-    for pack, row in [*rows, (b"", -1)]:
-        if run and run[0] == id(pack) and run[1] + run[2] == row:
-            run = (run[0], run[1], run[2] + 1)
+    runs: list[list[int]] = []  # pack, first row, rows
+    for pack, row in rows:
+        if runs and runs[-1][0] == id(pack) and runs[-1][1] + runs[-1][2] == row:
+            runs[-1][2] += 1
             continue
-        if run:
-            slices.append(opened[run[0]].slice(run[1], run[2]))
-        if row >= 0:
-            if id(pack) not in opened:
-                opened[id(pack)] = read(pack)
-            run = (id(pack), row, 1)
-    if not slices:
+        if id(pack) not in opened:
+            opened[id(pack)] = read(pack)
+        runs.append([id(pack), row, 1])
+    if not runs:
         return encode([])
+    if len(runs) == 1 and runs[0][1:] == [0, opened[runs[0][0]].num_rows]:
+        return rows[0][0]
+    slices = [opened[key].slice(first, many) for key, first, many in runs]
     return _write(pa.concat_batches(slices) if len(slices) > 1 else slices[0])

@@ -58,6 +58,9 @@ class VerdictKind(StrEnum):
     JUDGE_FAILED = "judge_failed"  # our worker, machine or library failed: no score, masked and counted
 
 
+_KINDS = {kind.value: kind for kind in VerdictKind}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What a verifier says of one rollout."""
@@ -136,6 +139,22 @@ class GroupVerdict:
 
     id: GroupId
     verdicts: tuple[Verdict, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """One call instead of one for each rollout: verdicts cross processes with every group."""
+        return _unpickled, (*self.id, [(v.kind.value, v.score, v.components, v.feedback) for v in self.verdicts])
+
+
+def _unpickled(draw: int, attempt: int, verdicts: Sequence[tuple[str, float | None, Any, str]]) -> GroupVerdict:
+    return GroupVerdict(
+        id=GroupId(draw, attempt),
+        verdicts=tuple(
+            [
+                Verdict(kind=_KINDS[kind], score=score, components=components, feedback=feedback)
+                for kind, score, components, feedback in verdicts
+            ]
+        ),
+    )
 
 
 def seed_of(run_seed: int, draw: int, variation: int, member: int) -> int:

@@ -35,6 +35,7 @@ class DiskJournal:
     def __init__(self, directory: str | Path, config: JournalConfig) -> None:
         """Args: the run directory. Nothing is opened before `records`, so that it can go to another process."""
         self._directory = Path(directory)
+        self._path = self._directory / ledger_file.NAME
         self._config = config
         self._connection: sqlite3.Connection | None = None
         self.damage: list[str] = []
@@ -78,7 +79,7 @@ class DiskJournal:
         self._places: dict[int, Place] = {}
         self._rows: dict[int, set[int]] = {}
         self._needed: Counter[int] = Counter()  # segment that may go -> rows of it that are still needed
-        self._cache: OrderedDict[int, bytes] = OrderedDict()
+        self._cache: OrderedDict[int, schema.Pack] = OrderedDict()
         self._cached_bytes = 0
         with ledger_file.in_words(self._path):
             (last,) = self._sql("select coalesce(max(segment), -1) from packs").fetchone()
@@ -124,10 +125,6 @@ class DiskJournal:
         with ledger_file.in_words(self._path):
             return [Place(*row) for row in self._sql(select, number)]
 
-    @property
-    def _path(self) -> Path:
-        return self._directory / ledger_file.NAME
-
     def _sql(self, statement: str, *values: object) -> sqlite3.Cursor:
         if self._connection is None:
             raise JournalError(f"the journal of {self._directory} is not open: its run has ended")
@@ -165,7 +162,8 @@ class DiskJournal:
 
     def _write_pending(self, connection: sqlite3.Connection) -> None:
         for statement, rows in self._pending.items():
-            connection.executemany(statement, rows)
+            if rows:
+                connection.executemany(statement, rows)
 
     def _delete_segments(self) -> None:
         """Their files, then their rows, which say until then that nobody needs them."""
@@ -205,7 +203,7 @@ class DiskJournal:
 
     # -- payloads
 
-    def store(self, pack: bytes, rows: Sequence[int]) -> list[Location]:
+    def store(self, pack: schema.Pack, rows: Sequence[int]) -> list[Location]:
         """Keep these rows of a pack; one location for each.
 
         Raises:
@@ -216,7 +214,7 @@ class DiskJournal:
         reach("journal.store.before")
         self._rotate()
         parts = self._parts(pack, rows)
-        messages = [(kept, memoryview(part)[len(schema.MARK) :]) for kept, part, _ in parts]
+        messages = [(kept, memoryview(part).cast("B")[len(schema.MARK) :]) for kept, part, _ in parts]
         try:
             places = self._segments.append(messages)
         except OSError as caught:
@@ -235,7 +233,7 @@ class DiskJournal:
             found |= {row: (number, at) for at, row in enumerate(own)}
         return [found[row] for row in rows]
 
-    def _parts(self, pack: bytes, rows: Sequence[int]) -> list[tuple[bool, bytes, Sequence[int]]]:
+    def _parts(self, pack: schema.Pack, rows: Sequence[int]) -> list[tuple[bool, schema.Pack, Sequence[int]]]:
         """What stays and what may go, each as a pack of its own; the pack itself where that is all of it."""
         batch = schema.read(pack)
         if self._config.keep_rollouts == "sample":
@@ -262,7 +260,7 @@ class DiskJournal:
         else:
             self._syncer.seal(segment.path, self._in_segment(segment.number))
 
-    def load(self, location: Location) -> tuple[bytes, int]:
+    def load(self, location: Location) -> tuple[schema.Pack, int]:
         """The pack that holds the row, and its number in it.
 
         Raises:
@@ -286,7 +284,7 @@ class DiskJournal:
         self._cache.move_to_end(number)
         return pack, row
 
-    def _remember(self, number: int, pack: bytes) -> None:
+    def _remember(self, number: int, pack: schema.Pack) -> None:
         self._cache[number] = pack
         self._cached_bytes += len(pack)
         while self._cached_bytes > self._config.cache_bytes and len(self._cache) > 1:
@@ -338,7 +336,7 @@ class DiskJournal:
         except OSError as caught:
             raise ledger_file.unwritable(path, caught, self._segments.bytes) from caught
 
-    def _packs(self, live: Sequence[Outcome]) -> Iterator[tuple[bytes, list[Outcome]]]:
+    def _packs(self, live: Sequence[Outcome]) -> Iterator[tuple[schema.Pack, list[Outcome]]]:
         """Every pack that can be read, with the fates of its groups, in the order they were written."""
         alive: dict[int, list[Outcome]] = {}
         for outcome in live:

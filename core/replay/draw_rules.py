@@ -217,7 +217,7 @@ class DrawRules(Transaction):
         draw, versions = self.state.draws[header.id.draw], self.state.versions
         if header.n != self.config.group_size:
             return f"{header.id} has {header.n} rollouts, not group_size = {self.config.group_size}"
-        sampled = {run.version for rollout in header.runs for run in rollout}
+        sampled = {run[0] for rollout in header.runs for run in rollout}
         if sampled and min(sampled) < draw.min_version:
             return f"{header.id} has tokens of version {min(sampled)}, but was leased from {draw.min_version} on"
         if unknown := [version for version in sampled if not versions.known(version)]:
@@ -226,6 +226,8 @@ class DrawRules(Transaction):
 
     def _refuse(self, headers: Sequence[GroupHeader], reasons: Sequence[str]) -> None:
         """What is not held is booked where the lost lease was; what is held but wrong ends its lease."""
+        if not any(reasons):
+            return
         late = []
         for header, reason in zip(headers, reasons, strict=True):
             if not reason:

@@ -180,7 +180,8 @@ def add_lengths(lengths: dict[int, list[int]], draw: Draw) -> None:
     """Count a group's rollouts by their length: all, and those that were trained."""
     trained = draw.state in (State.TRAINED, State.COMMITTED)
     for runs in draw.runs:
-        counts = lengths.setdefault(sum(end - start for _, start, end in runs), [0, 0])
+        length = runs[0][2] - runs[0][1] if len(runs) == 1 else sum(end - start for _, start, end in runs)
+        counts = lengths.setdefault(length, [0, 0])
         counts[0] += 1
         counts[1] += trained
 

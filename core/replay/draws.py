@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from millrace.core.replay.journal import Location
+from millrace.core.types import GroupVerdict
 
 
 class State(StrEnum):
@@ -20,6 +21,8 @@ class State(StrEnum):
     FILTERED = "filtered"  # by a rule of the recipe
     STALE = "stale"  # beyond max_lag
     DEAD = "dead"  # failed too often
+
+    __hash__ = str.__hash__  # that of enumerations is not in C, and every move of a draw looks states up
 
 
 OPEN = frozenset({State.LEASED, State.GENERATED, State.JUDGING, State.SCORED})
@@ -55,6 +58,7 @@ class Draw:
     runs: list[list[list[int]]] = field(default_factory=list)  # per rollout, (version, start, end)
     location: Location | None = None
     verdicts: list[list[object]] | None = None
+    judged: GroupVerdict | None = field(default=None, compare=False)  # the same, as they came
     judge_failures: int = 0
     judge_expiries: int = 0
     shunned: str = ""  # the reward worker that failed on it
@@ -66,7 +70,7 @@ class Draw:
     def begin(self, attempt: int, epoch: int, version: int) -> None:
         """A fresh attempt; what earlier ones left is gone."""
         self.attempt, self.epoch, self.min_version = attempt, epoch, version
-        self.tokens, self.runs, self.location, self.verdicts = 0, [], None, None
+        self.tokens, self.runs, self.location, self.verdicts, self.judged = 0, [], None, None, None
         self.judge_failures = self.judge_expiries = 0
         self.shunned, self.steps, self.lags, self.rule = "", [], [], ""
 

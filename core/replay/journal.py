@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from pydantic import Field
 
 from millrace.core.config import Config
+from millrace.core.schema import Pack
 
 Record = dict[str, Any]
 Location = tuple[int, int]  # (pack, row in it)
@@ -80,11 +81,11 @@ class Journal(Protocol):
         """All records of earlier lives, oldest first."""
         ...
 
-    def store(self, pack: bytes, rows: Sequence[int]) -> list[Location]:
+    def store(self, pack: Pack, rows: Sequence[int]) -> list[Location]:
         """Keep these rows of a pack; one location for each."""
         ...
 
-    def load(self, location: Location) -> tuple[bytes, int]:
+    def load(self, location: Location) -> tuple[Pack, int]:
         """The pack that holds the row, and its number in it."""
         ...
 
@@ -117,7 +118,7 @@ class MemoryJournal:
     def __init__(self, *, keep_records: bool = False) -> None:
         self._keep = keep_records
         self._records: list[Record] = []
-        self._packs: dict[int, bytes] = {}
+        self._packs: dict[int, Pack] = {}
         self._rows: dict[int, set[int]] = {}
         self._segments = 0
         self.damage: list[str] = []
@@ -144,7 +145,7 @@ class MemoryJournal:
     def records(self) -> Iterator[Record]:
         return iter(tuple(self._records))
 
-    def store(self, pack: bytes, rows: Sequence[int]) -> list[Location]:
+    def store(self, pack: Pack, rows: Sequence[int]) -> list[Location]:
         segment = self._segments
         self._segments += 1
         if rows:
@@ -152,7 +153,7 @@ class MemoryJournal:
             self._rows[segment] = set(rows)
         return [(segment, row) for row in rows]
 
-    def load(self, location: Location) -> tuple[bytes, int]:
+    def load(self, location: Location) -> tuple[Pack, int]:
         segment, row = location
         return self._packs[segment], row
 

@@ -70,6 +70,10 @@ class JudgeRules(Transaction):
         self.fail(failed, "judge", tracebacks=tracebacks)
         if scored:
             self.do("scored", rows=scored)
+            for verdict, receipt in zip(verdicts, receipts, strict=True):
+                known = self.state.draws.get(verdict.id.draw) if receipt.accepted else None
+                if known is not None and known.verdicts is not None:
+                    known.judged = verdict
         return receipts
 
     def _bad_verdict(self, verdict: GroupVerdict) -> str:
@@ -96,7 +100,10 @@ class JudgeRules(Transaction):
         """The verdicts a scored group has."""
         entry = self.state.draws[draw]
         assert entry.verdicts is not None, f"draw {draw} is {entry.state.value} and has no verdicts"
-        return GroupVerdict(id=GroupId(entry.index, entry.attempt), verdicts=tuple(rich(one) for one in entry.verdicts))
+        if entry.judged is None:  # after a restart
+            verdicts = tuple(rich(one) for one in entry.verdicts)
+            entry.judged = GroupVerdict(id=GroupId(entry.index, entry.attempt), verdicts=verdicts)
+        return entry.judged
 
     def why_no_group(self) -> str:
         """What a reward worker waits for."""

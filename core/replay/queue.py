@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TypeVar
 
-from millrace.core import schema
 from millrace.core.errors import JournalError, JournalFullError, PayloadError
 from millrace.core.protocols import (
     Clock,
@@ -36,6 +35,7 @@ from millrace.core.replay.journal import Journal, Location, MemoryJournal
 from millrace.core.replay.ledger import Ledger
 from millrace.core.replay.stall import Scene, report
 from millrace.core.replay.waiters import Answers, IdleClock, Room, Waiters
+from millrace.core.schema import Pack, headers, select
 from millrace.core.types import GroupId, GroupVerdict, Lease, WorkerId, seed_of
 
 Answer = TypeVar("Answer")
@@ -161,15 +161,14 @@ class ReplayQueue:
             epoch=draw.epoch,
         )
 
-    async def put_groups(self, worker: WorkerId, *, epoch: int, pack: bytes, request: str) -> Sequence[Receipt]:
+    async def put_groups(self, worker: WorkerId, *, epoch: int, pack: Pack, request: str) -> Sequence[Receipt]:
         self._begin("put_groups")
 
         def store(rows: Sequence[int]) -> list[Location]:
             return self._room.found(lambda: self._journal.store(pack, rows))
 
         def put() -> list[Receipt]:
-            headers = schema.headers(pack)
-            return self._ledger.put_groups(worker, epoch=epoch, headers=headers, store=store)
+            return self._ledger.put_groups(worker, epoch=epoch, headers=headers(pack), store=store)
 
         receipts = self._answers.once(worker, epoch, request, put)
         self._changed(self._groups, self._draws, self._batches)
@@ -181,10 +180,10 @@ class ReplayQueue:
         self._ledger.fail_groups(worker, epoch=epoch, failures=failures)
         self._changed(self._draws, self._batches)
 
-    async def lease_groups(self, worker: WorkerId, *, epoch: int, want: int, request: str, wait_s: float) -> bytes:
+    async def lease_groups(self, worker: WorkerId, *, epoch: int, want: int, request: str, wait_s: float) -> Pack:
         self._begin("lease_groups")
 
-        def attempt() -> bytes | None:
+        def attempt() -> Pack | None:
             ledger = self._ledger
             repeat = request in ledger.current(worker, epoch, Role.REWARD).answers
             groups = ledger.lease_groups(worker, epoch=epoch, want=want, request=request)
@@ -391,10 +390,10 @@ class ReplayQueue:
             with suppress(JournalError):  # they stay, and the next commit tries again; a flush says what is wrong
                 self._journal.compact(image(self._ledger.state))
 
-    def _pack(self, draws: Iterable[int]) -> bytes:
+    def _pack(self, draws: Iterable[int]) -> Pack:
         rows = []
         for index in draws:
             location = self._ledger.state.draws[index].location
             assert location is not None, f"draw {index} has no payload"
             rows.append(self._journal.load(location))
-        return schema.select(rows)
+        return select(rows)

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from millrace.core import schema
 from millrace.core.replay.journal import Outcome
+from millrace.core.schema import Pack
 
 NAME = "rollouts.parquet"
 _ROW_GROUP_BYTES = 32 << 20
@@ -40,7 +41,7 @@ TABLE = pa.schema(
 )
 
 
-def write(path: Path, packs: Iterable[tuple[bytes, Sequence[Outcome]]]) -> int:
+def write(path: Path, packs: Iterable[tuple[Pack, Sequence[Outcome]]]) -> int:
     """Write the rollouts of these groups; the file is whole or the one before. Returns the rows.
 
     Args:
@@ -60,7 +61,7 @@ def write(path: Path, packs: Iterable[tuple[bytes, Sequence[Outcome]]]) -> int:
     return rows
 
 
-def _row_groups(packs: Iterable[tuple[bytes, Sequence[Outcome]]]) -> Iterator[pa.Table]:
+def _row_groups(packs: Iterable[tuple[Pack, Sequence[Outcome]]]) -> Iterator[pa.Table]:
     """Packs put together until they are worth a row group; memory holds no more of them at a time."""
     waiting: list[pa.RecordBatch] = []
     size = 0  # of those, in bytes
@@ -74,7 +75,7 @@ def _row_groups(packs: Iterable[tuple[bytes, Sequence[Outcome]]]) -> Iterator[pa
         yield pa.Table.from_batches(waiting)
 
 
-def rows_of(pack: bytes, outcomes: Sequence[Outcome]) -> pa.RecordBatch:
+def rows_of(pack: Pack, outcomes: Sequence[Outcome]) -> pa.RecordBatch:
     """The rollouts of these groups of a pack, group by group."""
     groups = schema.read(pack).take(pa.array([outcome.location[1] for outcome in outcomes], pa.int64()))
     members = groups.column("rollouts")

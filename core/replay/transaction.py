@@ -112,15 +112,17 @@ class Transaction:
     def expire(self) -> bool:
         """End the leases whose time has come. True if there were any."""
         now = self.clock()
-        lapsed = self.state.leases.lapsed(now)
+        lapsed, late = self.state.leases.lapsed(now), self.state.judgings.lapsed(now)
+        if not lapsed and not late:
+            return False
         draws = self.state.draws
         for cause, capped in (("expired", False), ("capped", True)):
             self.fail(((draws[h.draw], draws[h.draw].tokens) for h in lapsed if h.capped(now) == capped), cause)
-        judged = [draws[hold.draw] for hold in self.state.judgings.lapsed(now)]
+        judged = [draws[hold.draw] for hold in late]
         worn = [draw for draw in judged if draw.judge_expiries >= self.config.judge_expiries]
         self.fail(((draw, draw.tokens) for draw in worn), "judge_expired")
         self.give_back((draw for draw in judged if draw.judge_expiries < self.config.judge_expiries), "expired")
-        return bool(lapsed or judged)
+        return True
 
     def next_expiry(self) -> float | None:
         """When `expire` may find something."""
