@@ -78,15 +78,23 @@ class MergingStore:
         Raises:
             WeightsError: the adapter belongs to another base, does not fit it, or is not what was published.
         """
+        return await self._whole(await self._store.fetch(version))
+
+    async def newer(self, *, than: int, wait_s: float) -> WeightHandle | None:
+        """As `WeightStore.newer`, merged as by `fetch`."""
+        handle = await self._store.newer(than=than, wait_s=wait_s)
+        return handle and await self._whole(handle)
+
+    async def _whole(self, handle: WeightHandle) -> WeightHandle:
+        version = handle.manifest.version
         for _ in range(FETCHES):
-            handle = await self._store.fetch(version)
             if handle.manifest.adapter is None:
                 return handle
             try:
                 async with self._turn:
                     return await asyncio.to_thread(self._merged, handle)
             except VersionGoneError:
-                continue
+                handle = await self._store.fetch(version)
         raise WeightsError(
             f"version {version}: {FETCHES} fetched versions in a row were deleted before they could be merged: keep "
             "more versions in the weight store"

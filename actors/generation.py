@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from millrace.actors.adapters import whole_weights
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 FETCH_AGAIN_S = 0.05
 WEIGHTS_SOON_S = 1.0
+HEAR_S = 20.0  # a wait for newer weights at their store
 GIVE_UP_S = 2.0  # on `stop`, for the engine and the queue to answer while everything in hand is given up
 LEAVE_S = 0.5  # and then to tell the queue, before the worker goes without
 TRACEBACK_BYTES = 4096
@@ -157,7 +159,7 @@ class GenerationWorker:
         try:
             async with together() as self._tasks:
                 self._heart.start()
-                loops = (self._heart.watch(), self._outbox.run(), self._follow())
+                loops = (self._heart.watch(), self._outbox.run(), self._follow(), self._hear())
                 helpers = [self._tasks.create_task(loop) for loop in loops]
                 await self._serve()
                 await self._outbox.drain()
@@ -315,6 +317,12 @@ class GenerationWorker:
             if self._engine.version < self._newest:  # announced, but this machine's store does not hold it yet
                 await asyncio.sleep(FETCH_AGAIN_S)
                 self._announced.set()
+
+    async def _hear(self) -> None:
+        """Hear of weights as soon as they are published: a busy worker has no request open that would tell it."""
+        while True:
+            wait = partial(self._receiver.hear, wait_s=HEAR_S)
+            self._hear_of(await self._answered(wait, "newer weights", HEAR_S))
 
     async def _beat(self, pulse: Pulse) -> Orders:
         return await self._queue.heartbeat(

@@ -107,10 +107,20 @@ class WeightReceiver:
         self._store = store
         self._probe_every = probe_every
         self._wanted = -1
+        self._found: WeightHandle | None = None  # by `hear`, and not loaded yet
         self._turn = asyncio.Lock()
         self._since_proof: int | None = None  # loads; None before the first proof
         self.loads = 0
         self.skipped = 0  # versions fetched and overtaken before they were loaded
+
+    async def hear(self, *, wait_s: float) -> int:
+        """The newest version there is, as soon as it is newer than what is known here; -1 after `wait_s` seconds."""
+        than = max(self._wanted, self._engine.version, self._found.manifest.version if self._found else -1)
+        handle = await self._store.newer(than=than, wait_s=wait_s)
+        if handle is None:
+            return -1
+        self._found = handle
+        return handle.manifest.version
 
     async def follow(self, version: int) -> Proof | None:
         """Bring the engine to `version` or a newer one; None when it already is there, or nothing newer is held.
@@ -129,6 +139,9 @@ class WeightReceiver:
 
     async def _fetch(self) -> WeightHandle:
         target = self._wanted
+        found, self._found = self._found, None
+        if found is not None and found.manifest.version >= target:
+            return found
         handle = await self._store.fetch(target)
         if self._wanted > max(target, handle.manifest.version):
             # Overtaken while fetching. Once only: a fetch slower than publishing must not keep the engine waiting.

@@ -68,7 +68,7 @@ def wire(plan: Plan, spawn: Spawn) -> Line:
     journal = DiskJournal(directory, run.journal) if run.journal.on_disk else None
     queue = spawn(ReplayQueue, plan.loop, source, seed=run.seed, journal=journal, name="queue", home=True, lasting=True)
     makers = {
-        "learner": _learner(plan, spawn, queue, store),
+        "learner": _learner(plan, spawn, queue, NodeStore(store)),
         **_generation(plan, spawn, queue, NodeStore(store)),
         **_rewards(plan, spawn, queue, words),
     }

@@ -7,6 +7,7 @@ own lies on the disk, too: a version is held until the mark of its release is th
 import asyncio
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from millrace.core.errors import WeightsError
 from millrace.core.failpoint import reach
 from millrace.core.protocols import Manifest, WeightHandle
-from millrace.core.weights import buffer_bytes, digest_of, from_json, mapped, to_json, write
+from millrace.core.weight_files import VersionGoneError, fill, let_go
+from millrace.core.weights import buffer_bytes, digest_of, from_json, mapped, place, temporary_of, to_json, write
 
 MARK = "store-"
 RELEASED = ".released"
+ATTEMPTS = 4  # at writing a version that a store that starts again takes for a stray
 
 
 class Upstream(Protocol):
@@ -64,6 +67,7 @@ class FileWeightStore:
         self._highest: int | None = None
         self._writing = threading.Lock()
         self._pulling: dict[int, asyncio.Task[WeightHandle]] = {}
+        self._waiting: set[asyncio.Future[None]] = set()  # for a newer version
         self.ignored: dict[str, str] = {}  # file -> why it was not loaded
         self._reload()
         for old in self._directory.glob(f"{MARK}*"):
@@ -83,6 +87,33 @@ class FileWeightStore:
             WeightsError: the version is not above all earlier ones, or the bytes are not those of the manifest.
         """
         await asyncio.to_thread(self._publish, manifest, buffer)
+        self._wake()
+
+    async def adopt(self, manifest: Manifest, path: str) -> None:
+        """Keep a new version whose bytes lie in a file of this store's folder already; it becomes the version's own.
+
+        Nobody reads the bytes here: whoever loads a version compares them with the digest.
+
+        Raises:
+            VersionGoneError: the file is not there; write it again.
+            WeightsError: as `publish`.
+        """
+        await asyncio.to_thread(self._adopt, manifest, Path(path))
+        self._wake()
+
+    async def newer(self, *, than: int, wait_s: float) -> WeightHandle | None:
+        """The newest version, as soon as it is above `than`; None after `wait_s` seconds without one."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while not self._handles or max(self._handles) <= than:
+                    future = asyncio.get_running_loop().create_future()
+                    self._waiting.add(future)
+                    try:
+                        await future
+                    finally:
+                        self._waiting.discard(future)
+                return self._newest()
+        return None
 
     async def fetch(self, version: int) -> WeightHandle:
         """The handle of `version`, or of the newest if that one is gone. Waits for neither.
@@ -113,6 +144,10 @@ class FileWeightStore:
         handle = self._handles.get(version) or self._newest()
         return to_json(handle.manifest), await asyncio.to_thread(lambda: np.array(mapped(handle)))
 
+    def _wake(self) -> None:
+        for future in tuple(self._waiting):  # of whichever event loop
+            future.get_loop().call_soon_threadsafe(_settle, future)
+
     def _newest(self) -> WeightHandle:
         if not self._handles:
             raise WeightsError(f"{self._directory}: no weights were published yet: publish version 0 first")
@@ -142,15 +177,34 @@ class FileWeightStore:
 
     def _publish(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None:
         with self._writing:
-            known = self._handles.get(manifest.version)
-            if known is not None and known.manifest.digest == manifest.digest:
-                return  # a repetition: the first answer was lost
-            if self._highest is not None and manifest.version <= self._highest:
-                raise WeightsError(
-                    f"version {manifest.version} cannot be published: version {self._highest} was, and versions are "
-                    "never reused; reserve a new one at the ledger"
-                )
-            self._store(manifest, buffer)
+            if not self._known(manifest):
+                self._store(manifest, buffer)
+
+    def _adopt(self, manifest: Manifest, path: Path) -> None:
+        try:
+            with self._writing:
+                if self._known(manifest):
+                    return
+                if (found := path.stat().st_size if path.exists() else None) != buffer_bytes(manifest.tensors):
+                    raise VersionGoneError(
+                        f"version {manifest.version}: {path} has {found} bytes, the manifest describes "
+                        f"{buffer_bytes(manifest.tensors)}: write it again"
+                    )
+                self._take_in(place(self._directory, manifest, path, half=lambda: reach("weights.publish.half")))
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _known(self, manifest: Manifest) -> bool:
+        """Whether it is here already, because the first answer was lost."""
+        known = self._handles.get(manifest.version)
+        if known is not None and known.manifest.digest == manifest.digest:
+            return True
+        if self._highest is not None and manifest.version <= self._highest:
+            raise WeightsError(
+                f"version {manifest.version} cannot be published: version {self._highest} was, and versions are "
+                "never reused; reserve a new one at the ledger"
+            )
+        return False
 
     def _store(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None:
         expected = buffer_bytes(manifest.tensors)
@@ -165,7 +219,10 @@ class FileWeightStore:
                 f"version {manifest.version}: the bytes have digest {digest[:12]}, the manifest says "
                 f"{manifest.digest[:12]}: they changed on the way; publish again"
             )
-        handle = write(self._directory, manifest, buffer, half=lambda: reach("weights.publish.half"))
+        self._take_in(write(self._directory, manifest, buffer, half=lambda: reach("weights.publish.half")))
+
+    def _take_in(self, handle: WeightHandle) -> None:
+        manifest = handle.manifest
         self._handles[manifest.version] = handle
         self._highest = manifest.version
         self._hold(manifest)
@@ -217,12 +274,13 @@ class FileWeightStore:
     @staticmethod
     def _delete(path: str) -> None:
         # The manifest first: without it the bytes count as unfinished.
-        for suffix in (".json", ".bin", RELEASED):
-            Path(path).with_suffix(suffix).unlink(missing_ok=True)
+        Path(path).with_suffix(".json").unlink(missing_ok=True)
+        let_go(Path(path))
+        Path(path).with_suffix(RELEASED).unlink(missing_ok=True)
 
 
 class NodeStore:
-    """The weight store as a worker sees it: files in place where it shares the store's disk, else copies of its own.
+    """The weight store as its callers see it: files in place where they share its disk, else copies of their own.
 
     Args:
         store: the run's `FileWeightStore`, or its handle.
@@ -230,6 +288,7 @@ class NodeStore:
 
     def __init__(self, store: Any) -> None:
         self._store = store
+        self._shared: Path | None = None  # the store's folder, where this process sees it
         self._near: Any = None  # where this process fetches from
         self._folder: tempfile.TemporaryDirectory[str] | None = None  # gone with the process
 
@@ -237,19 +296,38 @@ class NodeStore:
         return NodeStore, (self._store,)
 
     async def publish(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None:
-        """To the run's store."""
-        await self._store.publish(manifest, buffer)
+        """To the run's store. On its disk the bytes are written here, once, and only their place is sent.
+
+        Raises:
+            WeightsError: as `FileWeightStore.publish`.
+        """
+        await self._look()
+        if self._shared is None or buffer.size != buffer_bytes(manifest.tensors):
+            await self._store.publish(manifest, buffer)
+            return
+        for attempt in range(ATTEMPTS):
+            temporary = temporary_of(self._shared, manifest)
+            try:
+                await asyncio.to_thread(fill, temporary, buffer)
+                await self._store.adopt(manifest, str(temporary))
+                return
+            except VersionGoneError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+            finally:
+                temporary.unlink(missing_ok=True)
 
     async def fetch(self, version: int) -> WeightHandle:
         """As `FileWeightStore.fetch`; elsewhere than on the store's disk it first copies the version here."""
-        if self._near is None:
-            if Path(await self._store.mark()).exists():
-                self._near = self._store
-            else:
-                self._folder = tempfile.TemporaryDirectory(prefix="millrace-weights-")
-                self._near = FileWeightStore(self._folder.name, upstream=self._store)
+        await self._look()
         handle: WeightHandle = await self._near.fetch(version)
         return handle
+
+    async def newer(self, *, than: int, wait_s: float) -> WeightHandle | None:
+        """As `FileWeightStore.newer`; copied as by `fetch`."""
+        await self._look()
+        handle: WeightHandle | None = await self._store.newer(than=than, wait_s=wait_s)
+        return handle if handle is None or self._shared else await self.fetch(handle.manifest.version)
 
     async def held(self) -> tuple[int, ...]:
         """As `FileWeightStore.held`."""
@@ -259,3 +337,19 @@ class NodeStore:
     async def release(self, version: int) -> None:
         """As `FileWeightStore.release`."""
         await self._store.release(version)
+
+    async def _look(self) -> None:
+        """Find out, once, whether the store's disk is this process's, too."""
+        if self._near is not None:
+            return
+        mark = Path(await self._store.mark())
+        if mark.exists():
+            self._near, self._shared = self._store, mark.parent
+        else:
+            self._folder = tempfile.TemporaryDirectory(prefix="millrace-weights-")
+            self._near = FileWeightStore(self._folder.name, upstream=self._store)
+
+
+def _settle(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)

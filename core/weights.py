@@ -1,7 +1,7 @@
 """Published weights on disk: one flat buffer and one JSON manifest per version, and the store that keeps them.
 
-A version is complete exactly when its manifest is there: the buffer is written and renamed first. Both files are
-never changed afterwards, so a reader that has mapped a buffer keeps reading it even after it was deleted.
+A version is complete exactly when its manifest is there: the buffer is written and renamed first. What a reader has
+mapped stays as it is, even after the version was deleted, see core/weight_files.py.
 """
 
 import hashlib
@@ -12,13 +12,33 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
 from millrace.core.protocols import Adapter, Manifest, Probe, Tensor, WeightHandle
+from millrace.core.weight_files import VersionGoneError, fill, map_file
+
+__all__ = [
+    "VersionGoneError",
+    "buffer_bytes",
+    "digest_of",
+    "factors_of",
+    "from_json",
+    "identity_of",
+    "layout",
+    "map_file",
+    "mapped",
+    "place",
+    "temporary_of",
+    "to_json",
+    "view_of",
+    "views",
+    "write",
+]
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector load
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,10 +47,6 @@ _NUMPY_DTYPE: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(np.uint16),
     "float16": np.dtype(np.float16),
 }
-
-
-class VersionGoneError(WeightsError):
-    """The buffer of a handle was deleted before it was mapped: newer versions exist, fetch again."""
 
 
 def layout(named: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
@@ -69,12 +85,12 @@ def buffer_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def digest_of(buffer: NDArray[np.uint8]) -> str:
-    """SHA-256 of the bytes, hexadecimal.
+    """XXH3 of the bytes, 128 bits, hexadecimal: it finds damage, at the speed of memory. Releases the GIL.
 
     >>> digest_of(np.zeros(0, np.uint8))[:8]
-    'e3b0c442'
+    '99aa06d3'
     """
-    return hashlib.sha256(np.ascontiguousarray(buffer).data).hexdigest()
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(buffer).data)
 
 
 def identity_of(named: Iterable[tuple[str, NDArray[np.float32]]]) -> str:
@@ -122,21 +138,6 @@ def view_of(buffer: NDArray[np.uint8], tensor: Tensor) -> NDArray[Any]:
     """One parameter as a view of the flat buffer; bfloat16 as uint16, because numpy has none."""
     flat = buffer[tensor.offset : tensor.offset + tensor.size]
     return flat.view(_NUMPY_DTYPE[tensor.dtype]).reshape(tensor.shape)
-
-
-def map_file(path: str, *, mode: Literal["r", "c"] = "r") -> NDArray[np.uint8]:
-    """A published buffer, mapped read-only ("r") or copy-on-write ("c", for libraries that want writable memory).
-
-    Raises:
-        VersionGoneError: the file was deleted since its handle was given out.
-        WeightsError: it is empty.
-    """
-    try:
-        return np.memmap(path, np.uint8, mode=mode)
-    except FileNotFoundError:
-        raise VersionGoneError(f"{path} was deleted before it was mapped: a newer version exists, fetch it") from None
-    except ValueError as caught:
-        raise WeightsError(f"{path}: cannot be mapped: {caught}") from None
 
 
 def mapped(handle: WeightHandle) -> NDArray[np.uint8]:
@@ -221,17 +222,36 @@ def write(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"version_{manifest.version:08d}"
-    bytes_path, json_path = folder / f"{stem}.bin", folder / f"{stem}.json"
-    temporary = folder / f"{stem}.{os.getpid()}.{threading.get_ident()}.tmp"
+    temporary = temporary_of(folder, manifest)
     try:
-        with temporary.open("wb") as file:
-            file.write(np.ascontiguousarray(buffer).data)
-        temporary.rename(bytes_path)
-        if half is not None:
-            half()
-        temporary.write_text(to_json(manifest))
-        temporary.rename(json_path)
+        fill(temporary, buffer)
+        return place(folder, manifest, temporary, half=half)
     finally:  # where there was no room for it, its beginning must not take what there is
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(folder: Path, manifest: Manifest) -> Path:
+    """A name of this thread alone, for what is not whole yet."""
+    return folder / f"version_{manifest.version:08d}.{os.getpid()}.{threading.get_ident()}.tmp"
+
+
+def place(folder: Path, manifest: Manifest, temporary: Path, *, half: Callable[[], None] | None = None) -> WeightHandle:
+    """Make a version of a file that holds its buffer, in the same folder: rename it, then write the manifest.
+
+    Raises:
+        VersionGoneError: the file is not there.
+    """
+    bytes_path = folder / f"version_{manifest.version:08d}.bin"
+    try:
+        temporary.rename(bytes_path)
+    except FileNotFoundError:
+        raise VersionGoneError(f"{temporary} was deleted before it became a version: write it again") from None
+    if half is not None:
+        half()
+    text = temporary.with_suffix(".json.tmp")
+    try:
+        text.write_text(to_json(manifest))
+        text.rename(bytes_path.with_suffix(".json"))
+    finally:
+        text.unlink(missing_ok=True)
     return WeightHandle(manifest=manifest, path=str(bytes_path))

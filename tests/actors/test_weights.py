@@ -50,6 +50,11 @@ class FakeStore:
         found = version if version in self.versions else max(self.versions)
         return WeightHandle(manifest=manifest_of(found, probes=self.probes(found)), path=f"/nowhere/{found}")
 
+    async def newer(self, *, than: int, wait_s: float) -> WeightHandle | None:
+        if max(self.versions) <= than:
+            return None
+        return WeightHandle(manifest=manifest_of(max(self.versions)), path="/nowhere")
+
 
 class FakeEngine:
     """Remembers what it was asked to load."""
@@ -153,6 +158,24 @@ def test_a_fetch_slower_than_publishing_still_loads() -> None:
         subject = receiver(engine, Racing(0))
         await subject.follow(0)
         assert len(engine.loaded) == 1
+
+    asyncio.run(work())
+
+
+def test_what_was_heard_of_is_not_fetched_again_and_the_newest_wins() -> None:
+    async def work() -> None:
+        engine, store = FakeEngine(), FakeStore(4)
+        subject = receiver(engine, store)
+        assert await subject.hear(wait_s=1) == 4
+        assert await subject.hear(wait_s=1) == -1, "it is known"
+        assert (await subject.follow(3)).version == 4  # type: ignore[union-attr]
+        assert store.asked == []
+        store.versions.append(6)
+        assert await subject.hear(wait_s=1) == 6
+        store.versions.append(7)
+        assert (await subject.follow(7)).version == 7  # type: ignore[union-attr]
+        assert store.asked == [7]
+        assert await subject.hear(wait_s=1) == -1
 
     asyncio.run(work())
 
