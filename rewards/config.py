@@ -11,7 +11,8 @@ class JudgeConfig(Config):
     """How a verifier is called, and what of its answers is accepted."""
 
     concurrency: int = Field(default=32, ge=1)
-    """Verdicts in the making at the same time; a synchronous verifier gets as many threads."""
+    """Verdicts in the making at the same time; a synchronous verifier gets as many threads. Slow verdicts, of a
+    service elsewhere, need rollouts per second times the mean seconds of a verdict, over all workers."""
 
     deadline_s: float = Field(default=30.0, gt=0)
     """A verdict that takes longer is a judge failure: no score, masked and counted. Keep it below judge_lease_s."""
@@ -40,7 +41,8 @@ class RewardConfig(JudgeConfig):
     """Reward workers of the run."""
 
     groups: int = Field(default=64, ge=1)
-    """Groups that a worker has in hand at most. While verdicts are slow it holds what `concurrency` can judge."""
+    """Groups that a worker has in hand at most while verdicts are fast. While they are slow it holds so many that
+    twice `concurrency` verdicts are missing; a group that waits for its last one alone counts as one."""
 
     poll_s: float = Field(default=10.0, gt=0)
     """How long a request for groups waits at the queue before it returns empty-handed."""

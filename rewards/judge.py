@@ -7,13 +7,10 @@ named components among which `score` is the reward.
 
 import asyncio
 import math
-import queue
-import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from numbers import Real
 from pathlib import Path
@@ -23,26 +20,28 @@ import numpy as np
 
 from millrace.core import catalogue
 from millrace.core.catalogue import Method, Spec, resolve
-from millrace.core.errors import DeadlineError, MillraceError, RewardError, boundary
+from millrace.core.errors import MillraceError, RewardError, boundary
 from millrace.core.types import Ints, Prompt, Rollout, Verdict, VerdictKind
 from millrace.rewards.config import JudgeConfig
+from millrace.rewards.threads import Hanging, InTurn, Threads
 
 WORDS = ("text", "answer", "prompt", "tokens_T", "finish_reason", "row")
 FOLDER = "millrace.rewards.verifiers"
 QUICK_S = 0.02
-MOST_HANGING = 64  # threads that passed their deadline and never returned, before their worker is given up
 FEEDBACK_BYTES = 4096  # of a judge failure, its traceback among them
 _HERE = Path(__file__).parent
 # Frames of no interest to who wrote the verifier.
-OURS = (__file__, catalogue.__file__, str(_HERE / "processes.py"), str(_HERE / "verifiers" / "isolation.py"))
+OURS = (
+    __file__,
+    str(_HERE / "threads.py"),
+    catalogue.__file__,
+    str(_HERE / "processes.py"),
+    str(_HERE / "verifiers" / "isolation.py"),
+)
 # They are no Exception: in a thread they would end it without an answer, in a task the whole worker.
 ENDINGS = (SystemExit, KeyboardInterrupt, GeneratorExit)
 
 Decode = Callable[[Sequence[Ints]], Sequence[str]]
-
-
-class Hanging(DeadlineError):
-    """So many calls hang in this process that it is of no use any more. Nothing is said of any response."""
 
 
 class Judge:
@@ -59,7 +58,7 @@ class Judge:
         self._decode = decode
         self._config = config
         self._at_once = asyncio.Semaphore(config.concurrency)
-        self._threads = _Threads(whose=self._whose)
+        self._threads = Threads(whose=self._whose)
         self._counts: Counter[str] = Counter()
         self._in_a_row = 0
         self._failing: set[str] = set()  # prompts of the failures in a row
@@ -78,11 +77,17 @@ class Judge:
         """
         texts = self._decode([rollout.tokens_T for rollout in rollouts])
         given = [_words(prompt, rollout, text) for rollout, text in zip(rollouts, texts, strict=True)]
-        quick = [] if self._method.is_async else await self._quick_ones(prompt, given)
-        for _ in quick:
-            judged()
-        others = await asyncio.gather(*(self._one(prompt, have, judged) for have in given[len(quick) :]))
-        return (*quick, *others)
+        if self._method.is_async:
+            return tuple(await asyncio.gather(*(self._one(prompt, have, judged) for have in given)))
+        first, late = InTurn(given), asyncio.Event()
+        quick = asyncio.create_task(self._quick_ones(prompt, first, judged, late))
+        try:
+            await late.wait()
+            others = asyncio.gather(*(self._one(prompt, have, judged) for have in first.leave()))
+            verdicts, rest = await asyncio.gather(quick, others)
+        finally:
+            quick.cancel()
+        return (*verdicts, *rest)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -110,35 +115,42 @@ class Judge:
         judged()
         return verdict
 
-    async def _quick_ones(self, prompt: Prompt, given: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    async def _quick_ones(
+        self, prompt: Prompt, first: InTurn, judged: Callable[[], None], late: asyncio.Event
+    ) -> list[Verdict]:
         """The first few, one after another in one thread, while they are quick.
 
-        A thread's round trip costs more than most verdicts. As soon as `QUICK_S` have passed the rest go
-        each to a thread of its own, so that a slow one does not hold the others.
+        A thread's round trip costs more than most verdicts. As soon as `QUICK_S` have passed, within a slow one or
+        after several, `late` is set and the rest go each to a thread of its own.
         """
         answers: list[tuple[Any, MillraceError | None]] = []
-        over = threading.Event()
+        limit_s = min(QUICK_S, self._config.deadline_s / 2)
 
         def several() -> None:
-            end = time.monotonic() + min(QUICK_S, self._config.deadline_s / 2)
-            for have in given:
+            end = time.monotonic() + limit_s
+            while time.monotonic() < end and (have := first.next()) is not None:
                 try:
                     answers.append((self._called(have), None))
                 except MillraceError as caught:
                     answers.append((None, caught))
-                if over.is_set() or time.monotonic() > end:
-                    return
 
-        async with self._at_once:
-            try:
-                await self._within_deadline(self._threads.run(several))
-                got = list(answers)
-            except Hanging:
-                raise
-            except MillraceError as caught:
-                over.set()
-                got = [*answers, (None, caught)]  # the one that it hung in
-            return [await self._verdict(prompt, value, error) for value, error in got]
+        try:
+            async with self._at_once:
+                asyncio.get_running_loop().call_later(2 * limit_s, late.set)
+                try:
+                    await self._within_deadline(self._threads.run(several))
+                    got = list(answers)
+                except Hanging:
+                    raise
+                except MillraceError as caught:
+                    first.leave()
+                    got = [*answers, (None, caught)]  # the one that it hung in
+                verdicts = [await self._verdict(prompt, value, error) for value, error in got]
+        finally:
+            late.set()
+        for _ in verdicts:
+            judged()
+        return verdicts
 
     async def _verdict(self, prompt: Prompt, value: Any, error: MillraceError | None) -> Verdict:
         try:
@@ -291,80 +303,6 @@ def _words(prompt: Prompt, rollout: Rollout, text: str) -> Mapping[str, Any]:
         "row": prompt.row,
     }
     return words if prompt.answer is None else words | {"answer": prompt.answer}
-
-
-class _Call:
-    """One call on its way through a thread."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.function = function
-        self.loop = asyncio.get_running_loop()
-        self.answer: asyncio.Future[Any] = self.loop.create_future()
-        self.ended = False
-        self.given_up = False
-
-    def deliver(self, value: Any, error: MillraceError | None) -> None:
-        self.ended = True
-        if self.answer.done():
-            return
-        if error is None:
-            self.answer.set_result(value)
-        else:
-            self.answer.set_exception(error)
-
-
-class _Threads:
-    """Daemon threads: one that hangs in user code neither blocks the others nor the end of the process."""
-
-    def __init__(self, *, whose: str) -> None:
-        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-        self._whose = whose
-        self._free = 0
-        self._stuck = 0
-
-    async def run(self, function: Callable[[], Any]) -> Any:
-        """Call it in a thread. A cancelled call keeps its thread until it ends.
-
-        Raises:
-            Hanging: too many threads hang already.
-        """
-        if self._stuck >= MOST_HANGING:
-            raise Hanging(
-                f"{self._stuck} calls of {self._whose} passed their deadline and never returned: give what it waits "
-                'for a timeout of its own, or write rewards.verifier = { name = "isolated", verifier = ... }'
-            )
-        call = _Call(function)
-        if self._free:
-            self._free -= 1
-        else:
-            threading.Thread(target=self._work, name="verifier", daemon=True).start()
-        self._calls.put(call)
-        try:
-            return await call.answer
-        finally:
-            if call.ended:
-                self._free += 1
-            else:  # the caller gives it up, the thread cannot
-                call.given_up = True
-                self._stuck += 1
-
-    def _work(self) -> None:
-        while True:
-            call = self._calls.get()
-            value, error = None, None
-            try:
-                value = call.function()
-            except MillraceError as caught:
-                error = caught
-            with suppress(RuntimeError):  # the loop is closed: nobody waits
-                call.loop.call_soon_threadsafe(self._deliver, call, value, error)
-
-    def _deliver(self, call: _Call, value: Any, error: MillraceError | None) -> None:
-        """On the loop: a call that was given up, but ended after all, frees its thread."""
-        if call.given_up:
-            self._stuck -= 1
-            self._free += 1
-        call.deliver(value, error)
 
 
 def _shown(value: Any) -> str:

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
+import transformers
+from transformers import PreTrainedTokenizerFast
 
 from millrace.core.calls import Bell, Outbox, persist, together
 from millrace.core.catalogue import Spec
@@ -47,7 +49,11 @@ def decoder(directory: str) -> Decode:
         f"the tokenizer of {directory} (rewards judge text, so a model needs its tokenizer's files beside it)",
         ModelError,
     ):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        if (Path(directory) / "tokenizer.json").is_file():
+            # All that decoding needs. AutoTokenizer would import torch and more, seconds in which others start, too.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
 
     def texts(responses: Sequence[Ints]) -> Sequence[str]:
         decoded: Sequence[str] = tokenizer.batch_decode(
@@ -80,6 +86,14 @@ class DeferredJudge:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return DeferredJudge, (self.verifier, self.tokenizer, self.columns, self.config)
+
+
+@dataclass(slots=True)
+class _Judging:
+    """A group in hand."""
+
+    since: float  # on the worker's clock
+    made: int = 0  # verdicts
 
 
 class RewardWorker:
@@ -123,11 +137,12 @@ class RewardWorker:
             deadline_s=config.silence_s,
             clock=clock,
         )
-        self._hand: dict[GroupId, int] = {}  # verdicts so far
+        self._hand: dict[GroupId, _Judging] = {}  # the oldest first
+        self._missing = 0  # verdicts, of all groups in hand
         self._judging: set[asyncio.Task[None]] = set()
         self._epoch = -1
         self._requests = 0
-        self._slow = True  # until the first group has shown otherwise
+        self._was_slow = True  # the last group; until the first has shown otherwise
         self._members = 1  # responses of a group, as last leased
         self._pause_s = FIRST_PAUSE_S
         self._stopping = False
@@ -139,7 +154,7 @@ class RewardWorker:
         Raises:
             RewardError: the verifier fails again and again (`max_judge_failures`).
             DeadlineError: the queue has not answered for `silence_s`; or so many calls of the verifier hang in this
-                process that only a new one can judge (`judge.Hanging`).
+                process that only a new one can judge (`threads.Hanging`).
             Fenced: another incarnation of this worker has joined.
         """
         if not await self._joined():
@@ -200,7 +215,8 @@ class RewardWorker:
                 self._members = len(group.rollouts)
                 if group.id in self._hand:
                     continue  # its lease ended before its verdict, and came back: the judging under way serves it
-                self._hand[group.id] = 0
+                self._hand[group.id] = _Judging(self._clock())
+                self._missing += self._members
                 task = self._tasks.create_task(self._judged(group))
                 self._judging.add(task)
                 task.add_done_callback(self._judging.discard)
@@ -210,10 +226,15 @@ class RewardWorker:
                 await self._outbox.drain()
 
     def _room(self) -> int:
+        """Groups to ask for. One that waits for its last verdict takes the room of one verdict, not of a group."""
         most = self._config.groups
-        if self._slow:
-            most = min(most, 2 * -(-self._config.concurrency // self._members))
-        return most - len(self._hand)
+        if self._is_slow():
+            most = 2 * -(-self._config.concurrency // self._members)
+        return most - -(-self._missing // self._members)
+
+    def _is_slow(self) -> bool:
+        oldest = next(iter(self._hand.values()), None)
+        return self._was_slow or (oldest is not None and self._clock() - oldest.since > SLOW_S)
 
     async def _lease(self, want: int) -> Sequence[Group]:
         request = self._request("lease")
@@ -247,17 +268,20 @@ class RewardWorker:
         self._pause_s = max(self._pause_s, FIRST_PAUSE_S)
 
     async def _judged(self, group: Group) -> None:
-        began = self._clock()
+        its = self._hand[group.id]
 
         def one_more() -> None:
-            self._hand[group.id] += 1
+            its.made += 1
+            self._missing -= 1
+            self._bell.ring()
 
         try:
             verdicts = await self._judge(group.prompt, group.rollouts, one_more)
-            self._slow = self._clock() - began > SLOW_S
+            self._was_slow = self._clock() - its.since > SLOW_S
             self._outbox.put(GroupVerdict(id=group.id, verdicts=verdicts))
         finally:
             del self._hand[group.id]
+            self._missing -= len(group.rollouts) - its.made
             if not self._hand:
                 self._outbox.flush()
             self._bell.ring()
@@ -275,7 +299,7 @@ class RewardWorker:
             self._counts["groups" if receipt.accepted else "refused"] += 1
 
     async def _read_pulse(self) -> Pulse:
-        return Pulse(progress=dict(self._hand))
+        return Pulse(progress={key: its.made for key, its in self._hand.items()})
 
     async def _beat(self, pulse: Pulse) -> Orders:
         return await self._queue.heartbeat(self._name, epoch=self._epoch, progress=pulse.progress, generated=0)

@@ -319,7 +319,7 @@ def test_async_and_verdict_rewards_train(make_run: Any, rewards_file: Path, func
 
 
 def test_a_run_that_stands_still_ends_and_says_who_waits(make_run: Any, rewards_file: Path) -> None:
-    config = make_run(stall_s=0.3, loop={"max_lag": 0}, rewards={"verifier": "mine.py:never"})
+    config = make_run(stall_s=0.3, loop={"max_lag": 0}, rewards={"verifier": "mine.py:never", "concurrency": 64})
     with pytest.raises(DeadlineError) as caught:
         train(config)
     said = str(caught.value)

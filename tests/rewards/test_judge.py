@@ -275,6 +275,16 @@ def test_slow_synchronous_verdicts_overlap() -> None:
     assert [v.score for v in judged(waits, rollouts=rollouts, deadline_s=20)] == [1.0] * 4
 
 
+def test_a_slow_first_verdict_does_not_hold_the_others_of_its_group() -> None:
+    together = threading.Barrier(4)  # the first response of the group is one of the four
+
+    def waits(text: str) -> float:
+        together.wait(20)
+        return 1.0
+
+    assert [v.score for v in judged(waits, rollouts=[rollout(0)] * 4, deadline_s=20)] == [1.0] * 4
+
+
 def test_concurrency_is_bounded() -> None:
     now = most = 0
 
@@ -292,7 +302,7 @@ def test_concurrency_is_bounded() -> None:
 
 def test_threads_that_hang_for_good_are_bounded_and_blame_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next response is not judged to be anything: the worker is given up, and another process judges it."""
-    monkeypatch.setattr("millrace.rewards.judge.MOST_HANGING", 3)
+    monkeypatch.setattr("millrace.rewards.threads.MOST_HANGING", 3)
     release = threading.Event()
 
     def hangs(text: str) -> float:

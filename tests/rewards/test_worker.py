@@ -249,6 +249,36 @@ def test_a_slow_group_does_not_hold_the_others() -> None:
     assert 0 not in asyncio.run(scenario())
 
 
+def test_a_group_that_waits_for_one_verdict_takes_the_room_of_one() -> None:
+    """So that as many slow verdicts are in the making as `concurrency` allows, however many groups they are of."""
+
+    async def scenario() -> int:
+        world = World(steps=8)
+        worker = world.worker("exact", concurrency=16)
+        under_way, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+        async def waits_for_b(text: str) -> float:
+            if text == "b":
+                under_way.release()
+                await go_on.wait()
+            return 1.0
+
+        worker._judge._method = Method("mine", waits_for_b, ("text",), {}, {}, True, RewardError)
+        await world.start()
+        await world.make(1, tokens=(0, 0, 1, 0))
+        async with running(worker):
+            await asyncio.wait_for(under_way.acquire(), 5)  # from now on it knows how large a group is
+            await world.make(12, tokens=(0, 0, 1, 0))
+            for _ in range(12):
+                await asyncio.wait_for(under_way.acquire(), 5)
+            hand = (await worker.status())["hand"]
+            go_on.set()
+            await world.train(6)
+        return int(hand)
+
+    assert asyncio.run(scenario()) == 13
+
+
 def _own(function: Callable[..., float]) -> Any:
     return Method(function.__name__, function, ("text", "draw"), {}, {}, False, RewardError)
 
