@@ -17,7 +17,7 @@ from millrace.cluster.record import Recorder, plain
 from millrace.cluster.run_directory import EVENTS
 from millrace.cluster.samples import RolloutLog
 from millrace.cluster.snapshot import ComponentNow, Score, Snapshot, cut_short
-from millrace.cluster.spawn import Spawn
+from millrace.cluster.spawn import InProcess, Spawn
 from millrace.cluster.supervise.supervisor import Supervisor
 from millrace.cluster.trackers import tracked
 from millrace.cluster.wiring import Line, wire
@@ -117,7 +117,7 @@ class Run:
         supervisor = self._supervisor = self._supervised(line, record)
         if earlier := incidents.incidents(incidents.read(config.directory / EVENTS)):
             supervisor.incidents, supervisor.incident = len(earlier), str(earlier[-1])
-        tasks = supervisor.start()
+        tasks = supervisor.start(later=self._later())
         if self._stopped_at is not None:
             self._tell_learner_to_stop()
         self._say("starting the learner, the engines and the judges")
@@ -139,6 +139,11 @@ class Run:
         await self._close()
         return found
 
+    def _later(self) -> list[str]:
+        """What starts when generation has begun: the first step does not wait for processor time that it takes."""
+        shares_cores = not self._plan.config.evaluation.gpus and not isinstance(self._spawn, InProcess)
+        return ["held-out"] if shares_cores and self._plan.held_out else []
+
     def _supervised(self, line: Line, record: Recorder) -> Supervisor:
         supervisor = Supervisor(
             self._plan.config.supervise,
@@ -159,7 +164,9 @@ class Run:
     async def _close(self) -> None:
         """Let engines end in order: one that has processes of its own leaves shared memory behind otherwise."""
         limit_s = CLOSE_S if self._stopped_at is None else SOON_S
-        await asyncio.gather(*(self._closed(name, limit_s) for name in self._line.engines))
+        assert self._supervisor is not None
+        made = [name for name in self._line.engines if self._supervisor[name] is not None]
+        await asyncio.gather(*(self._closed(name, limit_s) for name in made))
 
     async def _closed(self, name: str, limit_s: float) -> None:
         assert self._supervisor is not None
@@ -267,6 +274,8 @@ class Run:
         """Collect what is new, and tell it in status.json. True when there were new steps."""
         fresh = await self._collect(patience_s)
         assert self._gauge is not None and self._supervisor is not None
+        if self._stopped_at is None and any(status.states[state] for state in status.states if state != "waiting"):
+            self._supervisor.start_later()
         learner = self._learner or LearnerStatus(phase="loading", phase_s=0.0, step=status.step, version=-1)
         rows, held_out = self._history.rows, self._history.held_out
         newest = max(held_out, key=lambda each: int(each["step"]), default=None)
@@ -334,8 +343,11 @@ class Run:
             await self._note_uncommitted(record)
         self._supervisor.ending = lambda name: name not in ("queue", "weights", "held-out") or stopped
         await self._answered(self._line.queue.finish, "ending the run at the queue")
-        others = {name: tasks[name] for name in self._supervisor.names if name != "learner"}
-        late, began, told = set(others.values()), time.monotonic(), None
+        if not stopped:
+            self._supervisor.start_later()
+        began = [name for name in self._supervisor.names if self._supervisor[name] is not None or not stopped]
+        others = {name: tasks[name] for name in began if name != "learner"}
+        late, since, told = set(others.values()), time.monotonic(), None
         while late:
             if "held-out" in tasks and not stopped and told is not (held_out := self._supervisor["held-out"]):
                 with suppress(ConnectionError, TimeoutError):  # the next incarnation is told, too
@@ -343,7 +355,7 @@ class Run:
                     told = held_out
             # Who stops a run does not wait; otherwise the last evaluation may take its time.
             limit_s = LEAVE_S if self._stopped_at is not None else self._plan.config.stall_s
-            if time.monotonic() - began > limit_s:
+            if time.monotonic() - since > limit_s:
                 names = ", ".join(name for name, task in others.items() if task in late)
                 self._say(f"{names} did not leave within {limit_s:g} s and will be ended")
                 return

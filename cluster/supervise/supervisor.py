@@ -11,7 +11,7 @@ had leased is leased to others at once; what it comes back as must join anew and
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -110,20 +110,32 @@ class Supervisor:
         self._tell, self._say, self._lost, self._clock = tell, say, lost, clock
         self._lasting = {name: self._component(name, partial(_same, handle)) for name, handle in lasting.items()}
         self._made = {name: self._component(name, make) for name, make in makers.items()}
+        self._later = asyncio.Event()
         self.incidents = 0
         self.incident = ""  # the last one, in a line
         self.ending: Callable[[str], bool] = lambda name: False  # which components need not be restarted any more
 
-    def start(self) -> dict[str, asyncio.Future[None]]:
-        """Make all components. Returns a task for each that ends: when it has left, or raises when it is given up."""
-        for each in self._made.values():
-            each.handle = each.make()
-        lives = {name: self._tend(each) for name, each in self._made.items()}
+    def start(self, *, later: Collection[str] = ()) -> dict[str, asyncio.Future[None]]:
+        """Make all components. Returns a task for each that ends: when it has left, or raises when it is given up.
+
+        Args:
+            later: those that are made when `start_later` is called. Until then their handle is None.
+        """
+        for name, each in self._made.items():
+            if name not in later:
+                each.handle = each.make()
+        lives = {
+            name: self._tend_later(each) if name in later else self._tend(each) for name, each in self._made.items()
+        }
         lives |= {name: self._attend(each) for name, each in self._lasting.items()}
         return {name: asyncio.ensure_future(life) for name, life in lives.items()}
 
+    def start_later(self) -> None:
+        """Make what waits for it now."""
+        self._later.set()
+
     def __getitem__(self, name: str) -> Any:
-        """The handle of a component's present incarnation."""
+        """The handle of a component's present incarnation; None before its first."""
         return self._made[name].handle
 
     @property
@@ -142,6 +154,11 @@ class Supervisor:
 
     def _component(self, name: str, make: Callable[[], Any]) -> Component:
         return Component(name, make, Budget(self._config))
+
+    async def _tend_later(self, each: Component) -> None:
+        await self._later.wait()
+        each.handle = each.make()
+        await self._tend(each)
 
     async def _tend(self, each: Component) -> None:
         """One component, from its first incarnation to its last."""

@@ -319,3 +319,19 @@ def test_a_process_that_ray_replaced_between_two_pings_was_lost_all_the_same():
     asyncio.run(world.run(while_running=replace_it))
     told = [(each["kind"], each["pid"]) for each in world.told if each.get("component") == "weights" and "pid" in each]
     assert told == [("lost", 7), ("serving", 8)]
+
+
+def test_one_that_starts_later_is_made_when_it_is_told_to_and_kept_in_being_from_then_on():
+    async def scenario():
+        world = World(second_one_ends, name="held-out")
+        tasks = world.supervisor.start(later=["held-out"])
+        await asyncio.sleep(0.05)
+        assert world.processes == [] and world.supervisor["held-out"] is None
+        assert world.supervisor.components["held-out"].state == "starting"
+        world.supervisor.start_later()
+        await until(lambda: world.supervisor.components["held-out"].state == "serving")
+        world.processes[0].dead.set()
+        await asyncio.wait_for(tasks["held-out"], 10)
+        return world
+
+    assert len(asyncio.run(scenario()).processes) == 2
