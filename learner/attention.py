@@ -3,8 +3,9 @@
 A packed row is, group by group, ``[prompt][response 1][response 2]...``. Positions of every response go on
 where its prompt ends; its tokens see the prompt and what precedes them in the same response, nothing else.
 Position ids cannot express that, so the row's `Plan` travels to the attention function as a keyword argument
-of the model's forward pass. Prompts and responses are gathered into buckets of similar length, each bucket is
-one call of scaled dot product attention, and the outcome is gathered back into the row.
+of the model's forward pass. On a CPU prompts and responses are gathered into buckets of similar length, each bucket is
+one call of scaled dot product attention, and the outcome is gathered back into the row. On a GPU flex.py computes the
+row as it lies, unless heads are too narrow for its kernels.
 """
 
 from collections.abc import Sequence
@@ -14,20 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from millrace.core.errors import ModelError
+from millrace.learner import flex
 
 NAME = "millrace_packed"
 KEYWORD = "packed_plan"
 
 # A bucket takes one more sequence while that one fills this share of the bucket's query-by-key rectangle.
-FILL = 0.7
+FILL = 0.8
 # ... or while the bucket's rectangle stays below this: one more call would cost more than its padding.
-SMALL = 16_384
+SMALL = 8_192
 
 Indices = NDArray[np.int64]
+CPU = torch.device("cpu")
 
 # What transformers hands to attention functions and ours can do without: it says nothing on who sees whom
 # beyond what the plan says.
@@ -58,6 +62,15 @@ class Spans:
     prompt_S: Indices  # the prompt of each response, an index into K
     start_S: Indices
     length_S: Indices
+
+    def runs(self) -> flex.Runs:
+        """Prompts, which stand behind nothing, and responses behind theirs."""
+        return flex.Runs(
+            start_R=np.concatenate([self.prompt_start_K, self.start_S]),
+            length_R=np.concatenate([self.prompt_length_K, self.length_S]),
+            prompt_start_R=np.concatenate([self.prompt_start_K, self.prompt_start_K[self.prompt_S]]),
+            prompt_length_R=np.concatenate([np.zeros_like(self.prompt_length_K), self.prompt_length_K[self.prompt_S]]),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,12 +113,16 @@ class Bucket:
 class Plan:
     """How one packed row attends. Made once per micro-batch, used by every layer."""
 
+    runs: flex.Runs
     buckets: Sequence[Bucket]
     order_C: torch.Tensor  # place of each row in the concatenated outcomes of the buckets
     cells: int  # query rows of the packed row
     padded_cells: int  # query rows of all buckets, padding included
+    device: torch.device = CPU  # where it is to be used: buckets follow when they are asked for
     windows: set[int | None] = field(default_factory=set)  # sliding windows that layers asked for
+    _placed: tuple[Sequence[Bucket], torch.Tensor] | None = None
     _masks: dict[tuple[int, int | None], torch.Tensor | None] = field(default_factory=dict)
+    _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @staticmethod
     def of(spans: Spans) -> "Plan":
@@ -129,25 +146,40 @@ class Plan:
         order_C = np.empty(cells, np.int64)
         for rows_of, places in placed:
             order_C[rows_of] = places
-        return Plan(buckets=buckets, order_C=torch.from_numpy(order_C), cells=cells, padded_cells=offset)
+        order = torch.from_numpy(order_C)
+        return Plan(runs=spans.runs(), buckets=buckets, order_C=order, cells=cells, padded_cells=offset)
 
     def to(self, device: torch.device) -> "Plan":
         """The same on another device."""
-        if self.order_C.device == device:
+        if self.device == device:
             return self
         return Plan(
-            buckets=[bucket.to(device) for bucket in self.buckets],
-            order_C=self.order_C.to(device),
+            runs=self.runs,
+            buckets=self.buckets,
+            order_C=self.order_C,
             cells=self.cells,
             padded_cells=self.padded_cells,
+            device=device,
         )
+
+    def placed(self) -> tuple[Sequence[Bucket], torch.Tensor]:
+        """Buckets and `order_C` on the device."""
+        if self._placed is None:
+            self._placed = [bucket.to(self.device) for bucket in self.buckets], self.order_C.to(self.device)
+        return self._placed
 
     def mask(self, index: int, window: int | None) -> torch.Tensor | None:
         """Of bucket `index`, made once per window."""
         key = (index, window)
         if key not in self._masks:
-            self._masks[key] = self.buckets[index].mask(window)
+            self._masks[key] = self.placed()[0][index].mask(window)
         return self._masks[key]
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Of the whole row, for a GPU; made once per window."""
+        if window not in self._block_masks:
+            self._block_masks[window] = flex.block_mask(self.runs, window, self.device)
+        return self._block_masks[window]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +255,13 @@ def packed_attention(
     plan = kwargs.pop(KEYWORD, None)
     _refuse(module, plan, attention_mask, kwargs)
     plan.windows.add(sliding_window)
+    if flex.takes(query, value, dropout=dropout):
+        return flex.attend(plan.block_mask(sliding_window), query, key, value, scale=scaling), None
     query_C, key_C, value_C = (x[0].transpose(0, 1) for x in (query, key, value))
     grouped = query_C.shape[1] != key_C.shape[1]
+    buckets, order_C = plan.placed()
     outcomes = []
-    for index, bucket in enumerate(plan.buckets):
+    for index, bucket in enumerate(buckets):
         mask = plan.mask(index, sliding_window)
         outcome = scaled_dot_product_attention(
             _gather(query_C, bucket.query_BQ),
@@ -239,7 +274,7 @@ def packed_attention(
             enable_gqa=grouped,
         )
         outcomes.append(outcome.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outcomes).index_select(0, plan.order_C)[None], None
+    return torch.cat(outcomes).index_select(0, order_C)[None], None
 
 
 def _gather(rows_C: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:

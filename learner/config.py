@@ -68,6 +68,8 @@ class LearnerConfig(OptimiserConfig):
     """Of matrix products. Master weights, log-probabilities and the optimiser are float32."""
     gradient_checkpointing: bool = False
     """Activations within a block are computed again in the backward pass: less memory, a second forward pass."""
+    compile: bool = False
+    """Compile the blocks and what is done to logits: faster on a GPU; the first steps wait for the compiler."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and publish these alone; None: all weights."""
     publish_dtype: PublishedDtype = "float32"
@@ -109,6 +111,8 @@ class SupervisedConfig(OptimiserConfig):
     """Of matrix products; master weights are float32."""
     gradient_checkpointing: bool = False
     """Activations within a block are computed again in the backward pass: less memory, a second forward pass."""
+    compile: bool = False
+    """Compile the blocks and what is done to logits: faster on a GPU; the first steps wait for the compiler."""
     lora: LoraConfig | None = None
     """Train low-rank adapters and publish these alone; None: all weights."""
     seed: NonNegativeInt = 0

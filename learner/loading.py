@@ -1,13 +1,15 @@
-"""The policy of a configuration: the model, its adapters, its reference, and what its blocks keep for the backward."""
+"""The policy of a configuration: the model, its adapters, its reference; what its blocks keep, and their compiling."""
 
 import os
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from millrace.core.errors import ModelError
+from millrace.learner.attention import NAME, packed_attention
 from millrace.learner.config import LearnerConfig, SupervisedConfig
+from millrace.learner.flex import never_fall_back
 from millrace.learner.lora import Adapters, AdaptersOff
 from millrace.learner.model import Policy, device_of, load_model, prove_packing
 
@@ -42,6 +44,10 @@ def load_policy(
         other = AdaptersOff(adapters)
     elif reference is not None:
         other = load_model(reference, device=device)
+    if config.compile:
+        for each in (model, other):
+            if isinstance(each, PreTrainedModel):
+                compile_blocks(each)
     return Policy(
         model,
         reference=other,
@@ -49,11 +55,42 @@ def load_policy(
         adapters=adapters,
         temperature=temperature,
         compute_dtype=getattr(torch, config.compute_dtype),
+        compiled=config.compile,
     )
 
 
 def _same(name: str, other: str) -> bool:
     return name == other or os.path.realpath(name) == os.path.realpath(other)
+
+
+def blocks_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The model's blocks, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def compile_blocks(model: PreTrainedModel, *, backend: str = "inductor") -> None:
+    """Compile what blocks do before and after attention, once for all of them and for rows of every length.
+
+    The bits of a step then depend on the compiler too: one kernel for all lengths keeps a redone step the same.
+
+    Args:
+        backend: of torch.compile.
+    Raises:
+        ModelError: the architecture has no blocks, or its blocks compute differently then.
+    """
+    kind = model.config.model_type
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ModelError(f"model type '{kind}' has no blocks that can be compiled; set compile to false")
+    # The compiler ends at attention and begins after it: a plan is no tensor, and flex.py's kernel is compiled anyway.
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
+    never_fall_back()
+    for block in blocks:
+        block.compile(backend=backend, dynamic=True)
+    try:
+        prove_packing(model)
+    except ModelError as caught:
+        raise ModelError(f"model type '{kind}' computes differently when compiled: {caught}") from None
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:
@@ -63,7 +100,7 @@ def checkpoint_blocks(model: PreTrainedModel) -> None:
         ModelError: the architecture does not offer it, or its blocks draw dropout then.
     """
     kind = model.config.model_type
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = blocks_of(model)
     if not model.supports_gradient_checkpointing or not blocks:
         raise ModelError(
             f"model type '{kind}' has no blocks that transformers can checkpoint; set gradient_checkpointing to false"

@@ -1,11 +1,12 @@
 """The policy and its reference: packed tokens -> the words that objectives ask for.
 
 Models are Hugging Face causal language models with `packed_attention` inside. Weights are float32 masters;
-matrix products run in `compute_dtype`. Dropout is off: engines sample without it.
+matrix products run in `compute_dtype`, under autocast: norms, the residual stream, softmax and gradients stay float32.
+Dropout is off: engines sample without it.
 """
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,9 @@ def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
 
-def logprobs(model: PreTrainedModel, inputs: Inputs, *, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def logprobs(
+    model: PreTrainedModel, inputs: Inputs, *, temperature: float = 1.0, fused: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logprob_N and entropy_N in nats. Without `use_cache=False` transformers lets packed sequences see each other."""
     row = {
         "input_ids": inputs.token_C[None],
@@ -239,8 +242,14 @@ def logprobs(model: PreTrainedModel, inputs: Inputs, *, temperature: float = 1.0
     if head is None:
         logits_NV = model(logits_to_keep=inputs.row_N, **row).logits[0]
         return logprobs_of_logits(logits_NV, inputs.token_N, temperature=temperature)
-    hidden_CD = model.base_model(**row).last_hidden_state[0]
-    return token_logprobs(hidden_CD.index_select(0, inputs.row_N), head, inputs.token_N, temperature=temperature)
+    hidden_ND = _rows(model.base_model(**row).last_hidden_state[0], inputs.row_N)
+    return token_logprobs(hidden_ND, head, inputs.token_N, temperature=temperature, fused=fused)
+
+
+def _rows(hidden_CD: torch.Tensor, row_N: torch.Tensor) -> torch.Tensor:
+    """hidden_CD[row_N]. Answers share the last row of their prompt: its gradients are added in one order, always."""
+    # On a GPU the backward pass of index_select adds them as they come, that of indexing sorts them first.
+    return hidden_CD[row_N] if hidden_CD.is_cuda else hidden_CD.index_select(0, row_N)
 
 
 class Policy:
@@ -253,6 +262,7 @@ class Policy:
         adapters: of the model, when they alone are trained.
         temperature: of sampling; every log-probability is of the distribution that sampled.
         compute_dtype: of matrix products.
+        compiled: what is done to logits is; blocks are by `compile_blocks`.
     """
 
     def __init__(
@@ -264,6 +274,7 @@ class Policy:
         adapters: Adapters | None = None,
         temperature: float = 1.0,
         compute_dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.reference = reference.requires_grad_(False) if isinstance(reference, PreTrainedModel) else reference
@@ -271,6 +282,7 @@ class Policy:
         self.adapters = adapters
         self.temperature = temperature
         self.compute_dtype = compute_dtype
+        self.compiled = compiled
         self.device = model.device
         config = model.config.get_text_config()
         self.vocabulary = int(config.vocab_size)
@@ -343,24 +355,34 @@ class Policy:
                 return self._score(self.model, inputs)
         reduced = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=reduced):
-            return logprobs(model, inputs, temperature=self.temperature)
+            return logprobs(model, inputs, temperature=self.temperature, fused=self.compiled)
 
     def score(self, token_T: np.ndarray, *, dtype: torch.dtype = torch.float32) -> np.ndarray:
         """Log-probabilities of token_T[1:] at temperature 1, nats, float32; matrix products in `dtype`."""
-        token_C = _tensor(token_T.astype(np.int64), self.device)
-        position_C = torch.arange(len(token_T), device=self.device)
-        zero = np.zeros(1, np.int64)
-        spans = Spans(
-            prompt_start_K=zero, prompt_length_K=zero + len(token_T), prompt_S=zero, start_S=zero, length_S=zero
-        )
+        return self.score_all([token_T], dtype=dtype)[0]
+
+    def score_all(self, sequences: Sequence[np.ndarray], *, dtype: torch.dtype = torch.float32) -> list[np.ndarray]:
+        """`score` of each, in one packed row.
+
+        Args:
+            sequences: of at least one token each.
+            dtype: of matrix products.
+        """
+        length_S = np.array([len(token_T) for token_T in sequences])
+        start_S = np.cumsum(length_S) - length_S
+        row_C = np.arange(length_S.sum())
+        within_C = row_C - np.repeat(start_S, length_S)
+        none = np.zeros(0, np.int64)
+        spans = Spans(prompt_start_K=start_S, prompt_length_K=length_S, prompt_S=none, start_S=none, length_S=none)
+        token_C = np.concatenate(sequences).astype(np.int64)
         inputs = Inputs(
-            token_C=token_C,
-            position_C=position_C,
+            token_C=_tensor(token_C, self.device),
+            position_C=_tensor(within_C, self.device),
             plan=Plan.of(spans).to(self.device),
-            row_N=position_C[:-1],
-            token_N=token_C[1:],
+            row_N=_tensor(row_C[within_C > 0] - 1, self.device),
+            token_N=_tensor(token_C[within_C > 0], self.device),
         )
         reduced = dtype is not torch.float32
         with torch.no_grad(), torch.autocast(self.device.type, dtype=dtype, enabled=reduced):
-            logprob_N, _ = logprobs(self.model, inputs)
-        return logprob_N.float().cpu().numpy()
+            logprob_N, _ = logprobs(self.model, inputs, fused=self.compiled)
+        return np.split(logprob_N.float().cpu().numpy(), np.cumsum(length_S - 1)[:-1])

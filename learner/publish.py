@@ -88,12 +88,15 @@ class Publisher:
         least = TOLERANCE[self._dtype]
         if self._dtype == "float32":
             return least
-        reduced = [self._policy.score(probe.tokens_T, dtype=getattr(torch, self._dtype)) for probe in probes]
+        if not probes:
+            return least
+        reduced = self._policy.score_all([probe.tokens_T for probe in probes], dtype=getattr(torch, self._dtype))
         gaps = [float(np.abs(low - probe.logprob_T).max()) for low, probe in zip(reduced, probes, strict=True)]
         return max([least, *(ROUNDINGS * gap for gap in gaps)])
 
     def _score(self, sequences: Sequence[Ints]) -> tuple[Probe, ...]:
-        return tuple(Probe(tokens_T=tokens, logprob_T=self._policy.score(tokens)) for tokens in sequences)
+        scored = zip(sequences, self._policy.score_all(sequences), strict=True)
+        return tuple(Probe(tokens_T=tokens, logprob_T=logprob_T) for tokens, logprob_T in scored)
 
 
 def _named(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from millrace.learner import logprobs
 from millrace.learner.logprobs import Head, logprobs_of_logits, token_logprobs
 
 N, D, V = 37, 12, 23
@@ -115,3 +116,25 @@ def test_logits_that_a_model_hands_out():
     p = 1 / (1 + torch.exp(torch.tensor(-1.0)))
     torch.testing.assert_close(logprob_N, torch.log(p)[None])
     torch.testing.assert_close(entropy_N, (-p * p.log() - (1 - p) * (1 - p).log())[None])
+
+
+@pytest.mark.parametrize("asked", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("scale", "softcap", "temperature"), [(1.0, None, 0.7), (1.5, 2.0, 1.3)])
+def test_the_form_that_is_compiled_is_the_same(asked, scale, softcap, temperature, monkeypatch):
+    monkeypatch.setattr(logprobs, "_fused", lambda function: function)
+    gradients = []
+    for fused in (True, False):
+        hidden_ND, weight_VD, bias_V, token_N = tensors(True)
+        head = Head(weight_VD=weight_VD, bias_V=bias_V, scale=scale, softcap=softcap)
+        pair = token_logprobs(hidden_ND, head, token_N, temperature=temperature, chunk=5 * V, fused=fused)
+        sum((x * share).sum() for x, share in zip(pair, asked, strict=True) if share).backward()
+        gradients.append([hidden_ND.grad, weight_VD.grad, bias_V.grad])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_gpus_chunk_follows_from_its_whole_memory(monkeypatch):
+    memory = type("Properties", (), {"total_memory": 128 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    assert logprobs.chunk_of(torch.device("cuda")) == 2**31 // 4
+    assert logprobs.chunk_of(torch.device("cpu")) == logprobs.CHUNK
