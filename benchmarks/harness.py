@@ -67,7 +67,10 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        except FileNotFoundError:  # a machine without git
+            return ""
 
     changed = git("status", "--porcelain", "--", *CODE)
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")

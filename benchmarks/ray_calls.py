@@ -13,6 +13,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import asyncio
 import inspect
 import json
+import pickle
 import tempfile
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from benchmarks import harness
@@ -43,22 +45,31 @@ SIZES: Mapping[int, tuple[float, Mapping[str, Any]]] = {  # rollouts per step ->
 
 
 def counted(cls: type) -> type:
-    """The class with a counter of the calls that each public coroutine method received, `received_calls()`."""
+    """The class with counters of the calls that each public coroutine method received, and of their bytes.
+
+    `received_calls()` is method -> calls, `received_bytes()` method -> (bytes of arguments, bytes of answers).
+    """
 
     def counting(name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         @wraps(method)
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             self.calls_received[name] += 1
-            return await method(self, *args, **kwargs)
+            self.bytes_received[name] += pickled_bytes((args, kwargs))
+            answer = await method(self, *args, **kwargs)
+            self.bytes_answered[name] += pickled_bytes(answer)
+            return answer
 
         return call
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.calls_received = Counter()
+        self.calls_received, self.bytes_received, self.bytes_answered = Counter(), Counter(), Counter()
         cls.__init__(self, *args, **kwargs)  # type: ignore[misc]  # of the class that is counted
 
     async def received_calls(self: Any) -> dict[str, int]:
         return dict(self.calls_received)
+
+    async def received_bytes(self: Any) -> dict[str, tuple[int, int]]:
+        return {name: (self.bytes_received[name], self.bytes_answered[name]) for name in self.calls_received}
 
     public = {
         name: method
@@ -66,7 +77,19 @@ def counted(cls: type) -> type:
         if not name.startswith("_")
     }
     members = {name: counting(name, method) for name, method in public.items()}
-    return type(cls.__name__, (cls,), {"__init__": __init__, "received_calls": received_calls, **members})
+    asked = {"received_calls": received_calls, "received_bytes": received_bytes}
+    return type(cls.__name__, (cls,), {"__init__": __init__, **asked, **members})
+
+
+def pickled_bytes(value: Any) -> int:
+    """What a value is on the wire: pickled, with large buffers beside it.
+
+    >>> pickled_bytes(bytes(1000)) - 1000 < 100
+    True
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    whole = ray.cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    return len(whole) + sum(buffer.raw().nbytes for buffer in buffers)
 
 
 class CountingOnRay(OnRay):
@@ -84,6 +107,10 @@ class CountingOnRay(OnRay):
     async def calls(self) -> dict[str, dict[str, int]]:
         """Actor -> method -> calls."""
         return {name: await handle.received_calls() for name, handle in self.handles.items()}
+
+    async def bytes(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Actor -> method -> bytes of arguments and of answers."""
+        return {name: await handle.received_bytes() for name, handle in self.handles.items()}
 
 
 def table_model(directory: Path) -> None:

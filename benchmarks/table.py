@@ -33,7 +33,10 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         if row["reached"] is False:
             target = f"**{target}: missed**"
         what = row["what"].replace("|", "/")
-        lines.append(f"| {row['id']} | {what} | {row['value']:.3g} | {interval} | {target} | `{row['command']}` |")
+        value = "none" if row["value"] is None else f"{row['value']:.3g}"
+        if row["value"] is None:
+            interval = row["details"]["why"]
+        lines.append(f"| {row['id']} | {what} | {value} | {interval} | {target} | `{row['command']}` |")
     return "\n".join(lines)
 
 

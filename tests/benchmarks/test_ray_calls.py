@@ -40,7 +40,7 @@ def test_a_run_counts_more_than_its_queue_sees(tmp_path: Path) -> None:
     assert isinstance(by_actor, dict)
     assert details["trained_rollouts"] == 2 * 4 * 8
     assert by_actor["queue"]["trained"] == 2
-    assert by_actor["weights"]["publish"] == 3
+    assert by_actor["weights"]["adopt"] == 3
     assert by_actor["learner"]["run"] == by_actor["held-out"]["run"] == by_actor["generation-0"]["run"] == 1
     assert found > float(str(details["as_result_json_says"])) > 0
     calls = sum(sum(counts.values()) for counts in by_actor.values()) + len(by_actor)
