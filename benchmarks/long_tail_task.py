@@ -1,29 +1,30 @@
-"""A task whose right answers are 6 to 120 tokens long, with a long tail: write out the numbers from one to another.
+"""A task whose right answers are 4 to 120 tokens long, with a long tail: count down to 1.
 
-    {"prompt": "97-01=", "answer": "97 98 99 00 01"}
+    {"prompt": "q03=", "answer": "q03 q02 q01"}
 
-How many numbers there are follows Zipf's law, P(n) ~ 1/n for n = 2 to 40: the median answer is a fifth of the
-longest, and nine of ten batches of 16 prompts hold one of 80 tokens or more. A response is right or it is not.
+How far is drawn by Zipf's law, P(n) ~ 1/n for n = 1 to 30: the median answer is a seventh of the longest, and five of
+six batches of 16 prompts hold one of 80 tokens or more. A response is right or it is not.
 
 The standard library only: TRL's environment imports it, too.
 """
 
 import itertools
 import random
+import string
 from collections.abc import Callable, Iterator
 
-SIZE, LEAST, MOST = 100, 2, 40  # numbers have two digits, and 00 follows 99; an answer has so many
+MOST = 30  # numbers in an answer
 MAX_TOKENS = 128  # characters and the end of the sequence; the longest right answer has 120
 TRAIN_ROWS, HELD_OUT_ROWS, SEED = 4000, 100, 0
 Row = dict[str, str]
 
-_WEIGHT_TO = list(itertools.accumulate(1 / n for n in range(LEAST, MOST + 1)))
+_WEIGHT_TO = list(itertools.accumulate(1 / n for n in range(1, MOST + 1)))
 
 
 def score(text: str, answer: str) -> float:
     """1 for the right answer, else 0; both sides judge by it.
 
-    >>> score("17 18", "17 18"), score("17 18 ", "17 18")
+    >>> score("q02 q01", "q02 q01"), score("q02 q01 ", "q02 q01")
     (1.0, 0.0)
     """
     return float(text == answer)
@@ -45,18 +46,18 @@ def problems(seed: int) -> Iterator[Row]:
     draw = random.Random(seed).random  # the one stream that Python promises to keep
     while True:
         weight = draw() * _WEIGHT_TO[-1]
-        count = next(n for n, up_to in enumerate(_WEIGHT_TO, LEAST) if weight < up_to)
-        yield row(int(draw() * SIZE), count)
+        count = next(n for n, up_to in enumerate(_WEIGHT_TO, 1) if weight < up_to)
+        yield row(string.ascii_letters[int(draw() * len(string.ascii_letters))], count)
 
 
-def row(first: int, count: int) -> Row:
-    """The problem of `count` numbers from `first` on.
+def row(letter: str, count: int) -> Row:
+    """The problem of `count` numbers.
 
-    >>> row(98, 3)
-    {'prompt': '98-00=', 'answer': '98 99 00'}
+    >>> row("q", 2)
+    {'prompt': 'q02=', 'answer': 'q02 q01'}
     """
-    numbers = [f"{number % SIZE:02d}" for number in range(first, first + count)]
-    return {"prompt": f"{numbers[0]}-{numbers[-1]}=", "answer": " ".join(numbers)}
+    numbers = [f"{letter}{number:02d}" for number in range(count, 0, -1)]
+    return {"prompt": f"{numbers[0]}=", "answer": " ".join(numbers)}
 
 
 def warm_start(count: int, *, wrong: float) -> Iterator[Row]:
@@ -74,11 +75,11 @@ def warm_start(count: int, *, wrong: float) -> Iterator[Row]:
 def mistake(answer: str, draw: Callable[[], float]) -> str:
     """The answer with one number twice, left out, or another one in its place.
 
-    >>> mistake("17 18 19", lambda: 0.9)
-    '17 18'
+    >>> mistake("q03 q02 q01", lambda: 0.9)
+    'q03 q02'
     """
     numbers = answer.split(" ")
     at = int(draw() * len(numbers))
-    other = (int(numbers[at]) + 1 + int(draw() * (SIZE - 1))) % SIZE
-    kinds = [[numbers[at]] * 2, [f"{other:02d}"], []]
+    other = (int(numbers[at][1:]) + int(draw() * (MOST - 1))) % MOST + 1
+    kinds = [[numbers[at]] * 2, [f"{numbers[at][0]}{other:02d}"], []][: 3 if len(numbers) > 1 else 2]
     return " ".join(numbers[:at] + kinds[int(draw() * len(kinds))] + numbers[at + 1 :])

@@ -31,7 +31,7 @@ from millrace.core.protocols import WeightHandle
 from millrace.core.weights import from_json, views
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
-RIGHT_STEPS, NOISY_STEPS, WRONG = 1600, 60, 0.5  # of the warm start; the share of wrong answers in its second part
+RIGHT_STEPS, NOISY_STEPS, WRONG = 600, 60, 0.6  # of the warm start; the share of wrong answers in its second part
 SCORED_BY = 2  # threads of torch
 ENDS_S = 30.0  # for TRL's process
 
@@ -75,7 +75,7 @@ def warm_started(folder: Path) -> Path:
     model = folder / "model"
     if (model / "config.json").exists():
         return model
-    print("warm start: supervised training of a model with random weights, about three minutes", flush=True)
+    print("warm start: supervised training of a model with random weights, about a minute", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     tiny_model.build(folder / "random")
     parts = (("right", RIGHT_STEPS, 0.0, 3e-3), ("noisy", NOISY_STEPS, WRONG, 3e-4))

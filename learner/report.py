@@ -38,7 +38,7 @@ class StepReport:
     other_s: float
     step_s: float
     idle_s: Mapping[str, float] = field(default_factory=dict)  # wait_s by cause: data, judge, weights, scheduler
-    weights: str = ""  # sha256 of those that were published after it
+    weights: str = ""  # digest of those that were published after it
     samples: tuple[SampledRollout, ...] = ()
 
 
@@ -69,7 +69,7 @@ def report_of(
         phases: what its time went on.
         step: optimiser steps made, this one among them.
         version: published after it.
-        weights: sha256 of these.
+        weights: digest of these.
         samples: rollouts that it shows, at most.
     """
     spent, step_s = phases.spent, phases.step_s
