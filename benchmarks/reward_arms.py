@@ -31,7 +31,7 @@ from millrace.core.protocols import WeightHandle
 from millrace.core.weights import from_json, views
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
-RIGHT_STEPS, NOISY_STEPS, WRONG = 600, 60, 0.6  # of the warm start; the share of wrong answers in its second part
+RIGHT_STEPS, NOISY_STEPS, WRONG = 400, 200, 0.7  # of the warm start; the share of wrong answers in its second part
 SCORED_BY = 2  # threads of torch
 ENDS_S = 30.0  # for TRL's process
 
@@ -47,7 +47,7 @@ class Setting:
     target: float = 0.9
     groups_per_step: int = 16
     group_size: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     max_tokens: int = long_tail_task.MAX_TOKENS
 
 
