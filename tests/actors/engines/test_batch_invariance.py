@@ -33,15 +33,18 @@ def test_bits_depend_on_the_call_alone(build_case: Callable[..., Any], name: str
             np.testing.assert_allclose(rollout.behaviour_logprob_T, exact, atol=1e-5, rtol=0)
         return bits(rollouts)
 
-    async def neighbour(number: int) -> None:
+    async def neighbour(number: int) -> int:
+        """Tokens, if it ended before it was given up."""
         limits = Sampling(max_tokens=100)
         prompt = PROMPTS[number % len(PROMPTS)]
         try:
-            await case.engine.sample(
+            rollouts = await case.engine.sample(
                 prompt, sampling=limits, seeds=range(number, number + 1 + number % 4), key=f"beside {number}"
             )
         except EngineError as caught:
             assert "aborted" in str(caught)
+            return 0
+        return sum(len(rollout.tokens_T) for rollout in rollouts)
 
     async def work() -> None:
         await case.engine.load(case.publish(), prove=True)
@@ -56,8 +59,8 @@ def test_bits_depend_on_the_call_alone(build_case: Callable[..., Any], name: str
                 await case.engine.abort(f"beside {number}")
         for call, running in crowd:
             assert await running == alone[call], call
-        await asyncio.gather(*neighbours)
-        assert case.engine.generated == case.engine.aborted + 4 * sum(
+        whole = sum(await asyncio.gather(*neighbours))
+        assert case.engine.generated == case.engine.aborted + whole + 4 * sum(
             len(tokens) // 4 for rollouts in alone.values() for tokens, _, _ in rollouts
         )
 
