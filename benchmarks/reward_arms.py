@@ -47,7 +47,7 @@ class Setting:
     target: float = 0.9
     groups_per_step: int = 16
     group_size: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 6e-5
     max_tokens: int = long_tail_task.MAX_TOKENS
 
 
