@@ -23,6 +23,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from millrace.cluster.direct import Cut, Door, Lines
 from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
 
@@ -111,6 +112,12 @@ class Reachable:
         """The id of its machine in Ray, and its process."""
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
+    async def door(self) -> tuple[str, str]:
+        """The id of its machine in Ray, and the address of its door there."""
+        if not hasattr(self, "_door"):
+            self._door = Door(self)
+        return ray.get_runtime_context().get_node_id(), self._door.address
+
 
 # How Ray says that a process was lost where it does not say it of the actor; the first when it ended it itself.
 LOST = (OutOfMemoryError, WorkerCrashedError, NodeDiedError, ObjectLostError)
@@ -131,16 +138,38 @@ class Handle:
     """A component that is a Ray actor: `await handle.put(x)` is `await actor.put.remote(x)`.
 
     What the component raises arrives as it was raised. A dead component is `Gone`; one whose constructor failed is a
-    ConnectionRefusedError.
+    ConnectionRefusedError. Calls of a component that many call go past Ray where it is on the caller's machine.
     """
 
-    def __init__(self, actor: Any, name: str) -> None:
+    def __init__(self, actor: Any, name: str, *, near: bool = False) -> None:
         self._actor = actor
         self._name = name
+        self._lines = Lines(self._door) if near else None
 
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         if method.startswith("__"):
             raise AttributeError(method)
+        lines = self._lines
+        if lines is None:
+            return self._by_ray(method)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            caller = await lines.caller()
+            if caller is None:
+                return await self._by_ray(method)(*args, **kwargs)
+            try:
+                return await caller.call(method, args, kwargs)
+            except Cut:
+                raise Gone(self._name, KILLED) from None
+
+        return call
+
+    async def _door(self) -> str:
+        """Where it is called without Ray; "" on another machine."""
+        node, address = await self._by_ray("door")()
+        return address if node == ray.get_runtime_context().get_node_id() else ""
+
+    def _by_ray(self, method: str) -> Callable[..., Awaitable[Any]]:
         remote = getattr(self._actor, method).remote
 
         async def call(*args: Any, **kwargs: Any) -> Any:
@@ -157,11 +186,15 @@ class Handle:
 
         return call
 
-    def __reduce__(self) -> tuple[type, tuple[Any, str]]:
-        return Handle, (self._actor, self._name)
+    def __reduce__(self) -> tuple[Any, tuple[Any, str, bool]]:
+        return _handle, (self._actor, self._name, self._lines is not None)
 
     def __repr__(self) -> str:
         return f"Handle({self._name})"
+
+
+def _handle(actor: Any, name: str, near: bool) -> Handle:
+    return Handle(actor, name, near=near)
 
 
 def _reason(error: RayError) -> str:
@@ -219,7 +252,7 @@ class OnRay:
             args, kwargs = self._kept(name, (cls, args, kwargs)), {}
         actor = ray.remote(own).options(**options).remote(*args, **kwargs)
         self._actors[name] = actor
-        return Handle(actor, name)
+        return Handle(actor, name, near=lasting)
 
     def _kept(self, name: str, arguments: Any) -> tuple[Any, ...]:
         """Arguments that a restarted process gets again: Ray forgets large ones when they were used once.

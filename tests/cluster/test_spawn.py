@@ -5,12 +5,15 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from millrace.cluster.spawn import Gone, Handle, OnRay, Spawn, here
+from millrace.core.calls import persist
 from millrace.core.errors import ConfigError, Fenced, ModelError
 
 
@@ -27,6 +30,9 @@ class Counter:
     async def wait(self) -> str:
         await self.event.wait()
         return "woken"
+
+    async def forever(self) -> None:
+        await asyncio.Event().wait()
 
     async def refuse(self) -> None:
         raise Fenced("draw 3 is held by generation-1")
@@ -109,6 +115,41 @@ def test_a_dead_component_is_named_with_its_cause(cluster: None) -> None:
             await spawn(Stillborn, name="reward-0").run()
         with pytest.raises(ConnectionError, match="queue is gone: its process was killed, or crashed"):
             await spawn(Counter, 0, name="queue").die()
+
+    asyncio.run(main())
+
+
+class Ways(Handle):
+    """Notes which methods went by Ray."""
+
+    def __init__(self, handle: Handle) -> None:
+        super().__init__(handle._actor, handle._name, near=True)
+        self.by_ray: list[str] = []
+
+    def _by_ray(self, method: str) -> Any:
+        self.by_ray.append(method)
+        return super()._by_ray(method)
+
+
+@pytest.mark.ray
+def test_a_component_that_lasts_is_called_past_ray_before_and_after_it_was_killed(cluster: None) -> None:
+    async def main() -> None:
+        spawn = OnRay()
+        handle = spawn(Counter, 1, name="queue", lasting=True)
+        ways, copy = Ways(handle), cloudpickle.loads(cloudpickle.dumps(handle))
+        assert [await ways.add(1), await ways.add(1), await copy.add(1)] == [2, 3, 4]
+        assert ways.by_ray == ["door"]
+        first = (await ways.whereabouts())[1]
+        calls = [asyncio.ensure_future(each) for each in (ways.forever(), copy.forever())]
+        await asyncio.sleep(0.2)
+        os.kill(first, signal.SIGKILL)
+        for call in calls:
+            with pytest.raises(Gone, match="queue is gone: its process was killed, or crashed"):
+                await call
+        assert await persist(lambda: ways.add(1), what="test", remedy="", deadline_s=30) == 2
+        assert (await ways.whereabouts())[1] != first
+        assert set(ways.by_ray) == {"door"}
+        spawn.kill()
 
     asyncio.run(main())
 
