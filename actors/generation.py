@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
 from millrace.actors.adapters import whole_weights
 from millrace.actors.config import GenerationConfig
 from millrace.actors.engines import engine as build_engine
-from millrace.actors.engines.wiring import check_wiring
 from millrace.actors.hand import Hand
 from millrace.actors.weights import WeightReceiver
 from millrace.core.calls import Bell, Outbox, persist, together
@@ -32,6 +32,7 @@ from millrace.core.types import Group, Lease, WorkerId
 
 T = TypeVar("T")
 
+WIRING = "millrace.actors.engines.wiring"  # imports torch and transformers, which not every engine needs
 FETCH_AGAIN_S = 0.05
 WEIGHTS_SOON_S = 1.0
 HEAR_S = 20.0  # a wait for newer weights at their store
@@ -152,7 +153,7 @@ class GenerationWorker:
     async def _work(self) -> None:
         if isinstance(self._to_check, Mapping):
             model, dtype = self._to_check["model"], self._to_check.get("dtype", "float32")
-            await check_wiring(self._engine, model, dtype=dtype)
+            await import_module(WIRING).check_wiring(self._engine, model, dtype=dtype)
         self._epoch = await self._answered(
             lambda: self._queue.join(self._name, role=Role.GENERATION, slots=self._config.slots), "join"
         )

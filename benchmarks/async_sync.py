@@ -32,6 +32,7 @@ import torch
 from benchmarks import harness, length_model, runs, stage_times
 from benchmarks.length_model import KINDS, Lengths
 from benchmarks.replay_loop import LengthsOf, Simulated, StageTimes, simulate
+from millrace.cluster.process import Component, found
 from millrace.cluster.runtime import ray_cluster
 from millrace.cluster.spawn import OnRay
 from millrace.core.replay.config import QueueConfig
@@ -50,8 +51,10 @@ NEVER_TRAINED = ("stale", "failed", "in_flight", "queued", "unaccounted")  # of 
 class OnBothCores(OnRay):
     """Spawns engines that compute with two threads, pinned nowhere."""
 
-    def __call__(self, cls: type, *args: Any, name: str, **kwargs: Any) -> Any:
-        return super().__call__(threaded(cls) if name.startswith("generation") else cls, *args, name=name, **kwargs)
+    def __call__(self, component: Component, *args: Any, name: str, **kwargs: Any) -> Any:
+        return super().__call__(
+            threaded(found(component)) if name.startswith("generation") else component, *args, name=name, **kwargs
+        )
 
 
 def threaded(cls: type) -> type:

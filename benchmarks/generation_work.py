@@ -8,7 +8,7 @@ from millrace.actors.datasets.config import DataConfig
 from millrace.actors.datasets.loading import load
 from millrace.actors.prompt_source import DatasetOrder
 from millrace.core.types import Prompt
-from millrace.learner.model import load_tokenizer
+from millrace.learner.tokenizer import load_tokenizer
 
 EOS = 2  # of examples/tiny_model.py
 

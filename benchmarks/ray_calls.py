@@ -1,4 +1,6 @@
-"""Ray calls per trained rollout, counted where they arrive: every method of every actor, and the creation of each.
+"""Calls per trained rollout, counted where they arrive: every method of every actor, and the creation of each.
+
+Those that go past Ray, over a socket of the machine, count as those that Ray carries.
 
 The run is the one of `millrace train`, on Ray, with the default packs, polls and heartbeats. Calls of a run are some
 per pack and some per second, and the details say how many of each. Settings as on the command line, such as
@@ -11,14 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import asyncio
-import inspect
 import json
 import pickle
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ from examples import tiny_model
 from millrace.cluster import config as configs
 from millrace.cluster.cli import setting
 from millrace.cluster.plan import make_plan
+from millrace.cluster.process import Component, Lasting, Process
 from millrace.cluster.run import Run
 from millrace.cluster.runtime import ray_cluster
-from millrace.cluster.spawn import OnRay, Reachable
+from millrace.cluster.spawn import OnRay
 from millrace.learner.table_model import TableConfig, TableForCausalLM
 
 # The clock makes them, not the rollouts.
@@ -44,41 +45,35 @@ SIZES: Mapping[int, tuple[float, Mapping[str, Any]]] = {  # rollouts per step ->
 }
 
 
-def counted(cls: type) -> type:
-    """The class with counters of the calls that each public coroutine method received, and of their bytes.
+class Counting(Process):
+    """A process of a component that counts the calls which it answers, and their bytes."""
 
-    `received_calls()` is method -> calls, `received_bytes()` method -> (bytes of arguments, bytes of answers).
-    """
+    OWN = Process.OWN | {"received_calls", "received_bytes"}
 
-    def counting(name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        @wraps(method)
-        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            self.calls_received[name] += 1
-            self.bytes_received[name] += pickled_bytes((args, kwargs))
-            answer = await method(self, *args, **kwargs)
-            self.bytes_answered[name] += pickled_bytes(answer)
-            return answer
+    def __init__(self, *args: Any) -> None:
+        self._calls, self._asked, self._answered = Counter[str](), Counter[str](), Counter[str]()
+        super().__init__(*args)
 
-        return call
+    async def call(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if method.startswith("received"):
+            return await super().call(method, args, kwargs)
+        self._calls[method] += 1
+        self._asked[method] += pickled_bytes((args, kwargs))
+        answer = await super().call(method, args, kwargs)
+        self._answered[method] += pickled_bytes(answer)
+        return answer
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        self.calls_received, self.bytes_received, self.bytes_answered = Counter(), Counter(), Counter()
-        cls.__init__(self, *args, **kwargs)  # type: ignore[misc]  # of the class that is counted
+    async def received_calls(self) -> dict[str, int]:
+        """Method -> calls."""
+        return dict(self._calls)
 
-    async def received_calls(self: Any) -> dict[str, int]:
-        return dict(self.calls_received)
+    async def received_bytes(self) -> dict[str, tuple[int, int]]:
+        """Method -> (bytes of arguments, bytes of answers)."""
+        return {name: (self._asked[name], self._answered[name]) for name in self._calls}
 
-    async def received_bytes(self: Any) -> dict[str, tuple[int, int]]:
-        return {name: (self.bytes_received[name], self.bytes_answered[name]) for name in self.calls_received}
 
-    public = {
-        name: method
-        for name, method in inspect.getmembers(cls, inspect.iscoroutinefunction)
-        if not name.startswith("_")
-    }
-    members = {name: counting(name, method) for name, method in public.items()}
-    asked = {"received_calls": received_calls, "received_bytes": received_bytes}
-    return type(cls.__name__, (cls,), {"__init__": __init__, **asked, **members})
+class CountingLasting(Counting, Lasting):
+    """The same of one that is started again."""
 
 
 def pickled_bytes(value: Any) -> int:
@@ -95,13 +90,14 @@ def pickled_bytes(value: Any) -> int:
 class CountingOnRay(OnRay):
     """Spawns actors that count."""
 
+    PROCESS, LASTING = Counting, CountingLasting
+
     def __init__(self) -> None:
         super().__init__()
         self.handles: dict[str, Any] = {}
 
-    def __call__(self, cls: type, *args: Any, name: str, **kwargs: Any) -> Any:
-        reachable = type(cls.__name__, (cls, Reachable), {})  # the supervisor's pings are calls, too
-        self.handles[name] = super().__call__(counted(reachable), *args, name=name, **kwargs)
+    def __call__(self, component: Component, *args: Any, name: str, **kwargs: Any) -> Any:
+        self.handles[name] = super().__call__(component, *args, name=name, **kwargs)
         return self.handles[name]
 
     async def calls(self) -> dict[str, dict[str, int]]:
@@ -191,7 +187,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             found, details = measure(settled(Path(directory), size, given.settings))
         details["limit"] = "1 per pack"
-        what = f"Ray calls per trained rollout, {size} rollouts per step, {SIZES[size][1]['engine']} engine"
+        what = f"calls per trained rollout, {size} rollouts per step, {SIZES[size][1]['engine']} engine"
         if given.settings:
             what += ", " + " ".join(given.settings)
         rows.append(harness.row(f"P4/{size}", what, found, target=("<=", SIZES[size][0]), where=where, details=details))

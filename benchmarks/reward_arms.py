@@ -25,6 +25,7 @@ from benchmarks.harness import ROOT
 from benchmarks.runs import Finished, execute
 from examples import make_data, tiny_model
 from examples.warm_start import settings, train
+from millrace.cluster.process import Component, found
 from millrace.cluster.runtime import ray_cluster
 from millrace.cluster.spawn import OnRay
 from millrace.core.protocols import WeightHandle
@@ -96,10 +97,12 @@ class Keeping(OnRay):
         super().__init__()
         self._every, self._leased = every, leased
 
-    def __call__(self, cls: type, *args: Any, name: str, **kwargs: Any) -> Any:
+    def __call__(self, component: Component, *args: Any, name: str, **kwargs: Any) -> Any:
         if name == "weights":
             kwargs["hold_every"] = self._every
-        return super().__call__(noting(cls, self._leased) if name == "queue" else cls, *args, name=name, **kwargs)
+        return super().__call__(
+            noting(found(component), self._leased) if name == "queue" else component, *args, name=name, **kwargs
+        )
 
 
 def noting(cls: type, path: Path) -> type:

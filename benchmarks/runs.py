@@ -11,6 +11,7 @@ from typing import Any
 from millrace.cluster import config as configs
 from millrace.cluster.config import RunConfig
 from millrace.cluster.plan import make_plan
+from millrace.cluster.process import Component, found
 from millrace.cluster.run import Run
 from millrace.cluster.spawn import OnRay
 
@@ -42,9 +43,9 @@ class PinnedOnRay(OnRay):
         super().__init__()
         self._cores = cores
 
-    def __call__(self, cls: type, *args: Any, name: str, **kwargs: Any) -> Any:
-        found = next((cores for begin, cores in self._cores.items() if name.startswith(begin)), None)
-        return super().__call__(pinned(cls, found) if found else cls, *args, name=name, **kwargs)
+    def __call__(self, component: Component, *args: Any, name: str, **kwargs: Any) -> Any:
+        cores = next((cores for begin, cores in self._cores.items() if name.startswith(begin)), None)
+        return super().__call__(pinned(found(component), cores) if cores else component, *args, name=name, **kwargs)
 
 
 def pinned(cls: type, cores: Collection[int]) -> type:

@@ -1,6 +1,7 @@
 """Do the parts of a run fit each other? Each check names what does not, and the way out."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -13,7 +14,6 @@ from millrace.core.references import is_reference
 from millrace.core.replay import limiter
 from millrace.core.types import Prompt
 from millrace.learner.config import LearnerConfig, SupervisedConfig
-from millrace.learner.lora import check_targets
 from millrace.learner.objective import Objective
 from millrace.rewards.judge import verifier
 from millrace.rewards.shaping import Shaping
@@ -96,7 +96,8 @@ def _check_supervised(config: RunConfig, objective: Objective) -> None:
 def check_lora(config: RunConfig, section: LearnerConfig | SupervisedConfig) -> None:
     """The model has the layers that are to be adapted."""
     if section.lora is not None:
-        check_targets(config.model, section.lora)
+        # Found where it is asked for: what it imports takes seconds.
+        import_module("millrace.learner.lora").check_targets(config.model, section.lora)
 
 
 def _check_gpus(config: RunConfig) -> None:

@@ -12,7 +12,7 @@ import secrets
 import socket
 import struct
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -137,10 +137,11 @@ class Wire:
 
 
 class Door:
-    """Where a component of this process is called, in the event loop that it is made in."""
+    """Where this process is called, in the event loop that it is made in."""
 
-    def __init__(self, component: Any) -> None:
-        self._component = component
+    def __init__(self, call: Callable[[str, Sequence[Any], dict[str, Any]], Coroutine[Any, Any, Any]]) -> None:
+        """Args: call: answers a method, its arguments, and those by name."""
+        self._call = call
         self._loop = asyncio.get_running_loop()
         self.address = f"millrace-{os.getpid()}-{secrets.token_hex(16)}"
         self._wires: set[Wire] = set()
@@ -163,8 +164,7 @@ class Door:
         self._wires.add(wire)
 
     def _asked(self, wire: Wire, number: int, request: tuple[str, Sequence[Any], dict[str, Any]]) -> None:
-        method, args, kwargs = request
-        task = self._loop.create_task(getattr(self._component, method)(*args, **kwargs))
+        task = self._loop.create_task(self._call(*request))
         self._working.add(task)
         task.add_done_callback(lambda done: self._answer(wire, number, done))
 

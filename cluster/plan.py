@@ -25,8 +25,8 @@ from millrace.core.protocols import Sampling
 from millrace.core.replay.config import QueueConfig
 from millrace.core.types import Prompt
 from millrace.learner.config import LearnerConfig, SupervisedConfig
-from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
+from millrace.learner.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,8 +24,8 @@ from millrace.cluster.wiring import Line, wire
 from millrace.core.calls import persist
 from millrace.core.errors import ComponentLost, DeadlineError, MillraceError, boundary
 from millrace.core.protocols import QueueStatus
-from millrace.learner.model import load_tokenizer
 from millrace.learner.report import LearnerStatus
+from millrace.learner.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 

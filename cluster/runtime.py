@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -68,20 +69,16 @@ def ray_cluster(address: str | None = None, *, environment: Mapping[str, str] = 
 def _ray(address: str | None, environment: Mapping[str, str]) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     variables = {name: os.environ.get(name, value) for name, value in environment.items()}
-    options = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": variables},
-    }
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         with _signals_kept():
             if address is None:
-                os.environ.update(variables)
+                os.environ.update(variables)  # its processes inherit them, those that Ray starts ahead among them
                 with boundary("starting Ray on this machine", ConfigError):
                     ray.init(address="local", include_dashboard=False, **options)
             else:
                 with boundary(_joining(address), ConfigError):
-                    ray.init(address=address, **options)
+                    ray.init(address=address, runtime_env={"env_vars": variables}, **options)
         yield
     finally:
         ray.shutdown()  # of half a Ray, too: an interrupt may come while it starts

@@ -5,9 +5,7 @@ both return a handle on which `await handle.method(...)` means the same, from an
 """
 
 import asyncio
-import gc
-import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -23,12 +21,12 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from millrace.cluster.direct import Cut, Door, Lines
+from millrace.cluster.direct import Cut, Lines
+from millrace.cluster.process import Component, Lasting, Process, found
 from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
 
 PIECE_BYTES, DESCRIBED_BYTES = 64 * 2**10, 8 * 2**20  # Ray takes arguments of 100 KiB each and 10 MiB in all in place
-COLLECTED_AT = (100_000, 50, 100)  # new objects, and younger collections, at which a lasting process looks for garbage
 KILLED = "its process was killed, or crashed"
 MARK, END_OF_FILE = "Worker exit detail:", "connection error code 2"  # in what Ray says of a dead actor
 
@@ -38,7 +36,7 @@ class Spawn(Protocol):
 
     def __call__(
         self,
-        cls: type,
+        component: Component,
         *args: Any,
         name: str,
         gpus: float = 0,
@@ -85,7 +83,7 @@ class InProcess:
 
     def __call__(
         self,
-        cls: type,
+        component: Component,
         *args: Any,
         name: str,
         gpus: float = 0,
@@ -93,7 +91,7 @@ class InProcess:
         lasting: bool = False,
         **kwargs: Any,
     ) -> Here:
-        return Here(cls(*args, **kwargs), asyncio.get_running_loop())
+        return Here(found(component)(*args, **kwargs), asyncio.get_running_loop())
 
     def end(self, name: str) -> None:
         """What runs in this process ends when its tasks are cancelled."""
@@ -103,20 +101,6 @@ class InProcess:
 
 
 here = InProcess()
-
-
-class Reachable:
-    """What every component that is an actor answers besides its own methods."""
-
-    async def whereabouts(self) -> tuple[str, int]:
-        """The id of its machine in Ray, and its process."""
-        return ray.get_runtime_context().get_node_id(), os.getpid()
-
-    async def door(self) -> tuple[str, str]:
-        """The id of its machine in Ray, and the address of its door there."""
-        if not hasattr(self, "_door"):
-            self._door = Door(self)
-        return ray.get_runtime_context().get_node_id(), self._door.address
 
 
 # How Ray says that a process was lost where it does not say it of the actor; the first when it ended it itself.
@@ -149,14 +133,11 @@ class Handle:
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         if method.startswith("__"):
             raise AttributeError(method)
-        lines = self._lines
-        if lines is None:
-            return self._by_ray(method)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            caller = await lines.caller()
+            caller = None if self._lines is None else await self._lines.caller()
             if caller is None:
-                return await self._by_ray(method)(*args, **kwargs)
+                return await self._by_ray(method, args, kwargs)
             try:
                 return await caller.call(method, args, kwargs)
             except Cut:
@@ -166,25 +147,20 @@ class Handle:
 
     async def _door(self) -> str:
         """Where it is called without Ray; "" on another machine."""
-        node, address = await self._by_ray("door")()
+        node, address = await self._by_ray("door", (), {})
         return address if node == ray.get_runtime_context().get_node_id() else ""
 
-    def _by_ray(self, method: str) -> Callable[..., Awaitable[Any]]:
-        remote = getattr(self._actor, method).remote
-
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return await remote(*args, **kwargs)
-            except RayTaskError as caught:
-                raise caught.cause from None
-            except RayActorError as caught:
-                if caught.actor_init_failed:
-                    raise ConnectionRefusedError(f"{self._name} could not be started: {_reason(caught)}") from None
-                raise Gone(self._name, _reason(caught)) from None
-            except LOST as caught:
-                raise Gone(self._name, _reason(caught)) from None
-
-        return call
+    async def _by_ray(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            return await self._actor.call.remote(method, args, kwargs)
+        except RayTaskError as caught:
+            raise caught.cause from None
+        except RayActorError as caught:
+            if caught.actor_init_failed:
+                raise ConnectionRefusedError(f"{self._name} could not be started: {_reason(caught)}") from None
+            raise Gone(self._name, _reason(caught)) from None
+        except LOST as caught:
+            raise Gone(self._name, _reason(caught)) from None
 
     def __reduce__(self) -> tuple[Any, tuple[Any, str, bool]]:
         return _handle, (self._actor, self._name, self._lines is not None)
@@ -213,6 +189,8 @@ def _reason(error: RayError) -> str:
 class OnRay:
     """Spawn components as Ray actors, and take all of them down again."""
 
+    PROCESS, LASTING = Process, Lasting
+
     def __init__(self) -> None:
         self._actors: dict[str, Any] = {}
         self._nurses: dict[str, Any] = {}
@@ -221,7 +199,7 @@ class OnRay:
 
     def __call__(
         self,
-        cls: type,
+        component: Component,
         *args: Any,
         name: str,
         gpus: float = 0,
@@ -245,12 +223,11 @@ class OnRay:
         }
         if home:
             options["scheduling_strategy"] = _on(ray.get_runtime_context().get_node_id())
-        # Ray wraps the methods of the class it is given, in place.
-        own = type(cls.__name__, (cls, Reachable), {"__init__": _unpacked} if lasting else {})
         self.end(name)
-        if lasting:
-            args, kwargs = self._kept(name, (cls, args, kwargs)), {}
-        actor = ray.remote(own).options(**options).remote(*args, **kwargs)
+        whole = (component, args, kwargs)
+        # Ray wraps the methods of the class it is given, in place.
+        own = type(_short(component), (self.LASTING if lasting else self.PROCESS,), {})
+        actor = ray.remote(own).options(**options).remote(*(self._kept(name, whole) if lasting else whole))
         self._actors[name] = actor
         return Handle(actor, name, near=lasting)
 
@@ -276,9 +253,9 @@ class OnRay:
             if node == ray.get_runtime_context().get_node_id():
                 self._nurses[node] = Nurse()
             else:
-                own = type("Nurse", (Nurse,), {})
+                own = type("Nurse", (Process,), {})
                 options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": _on(node)}
-                actor = ray.remote(own).options(**options).remote()
+                actor = ray.remote(own).options(**options).remote(Nurse, (), {})
                 self._nurses[node] = Handle(actor, f"the nurse of node {node[:8]}")
         return self._nurses[node]
 
@@ -288,14 +265,9 @@ class OnRay:
             self.end(name)
 
 
-def _unpacked(self: Any, *kept: Any) -> None:
-    """The constructor of a component whose arguments are kept."""
-    whole = ray.get(kept[0][0]) if isinstance(kept[0], list) else ray.cloudpickle.loads(b"".join(kept))
-    cls, args, kwargs = whole
-    cls.__init__(self, *args, **kwargs)
-    # What it imported and holds is no garbage: collections would look through all of it every few thousand rollouts.
-    gc.freeze()
-    gc.set_threshold(*COLLECTED_AT)
+def _short(component: Component) -> str:
+    """Its name without its module, which is what its process is called."""
+    return component.rpartition(":")[2] if isinstance(component, str) else component.__name__
 
 
 def _on(node: str) -> NodeAffinitySchedulingStrategy:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -16,52 +16,11 @@ from millrace.cluster.snapshot import LearnerNow, Snapshot
 from millrace.cluster.spawn import Spawn
 from millrace.cluster.trackers import tracked
 from millrace.core.errors import MillraceError, boundary
-from millrace.core.recipe import ObjectiveConfig
-from millrace.core.types import Prompt
-from millrace.learner.config import SupervisedConfig
-from millrace.learner.step import StepNumbers
-from millrace.learner.supervised import SupervisedResult, train_supervised
+from millrace.learner.report import SupervisedResult
 
+LEARNER = "millrace.learner.supervised:SupervisedLearner"  # by its place, as in wiring.py
 POLL_S = 0.5
 LINE_S = 5.0
-
-
-class SupervisedLearner:
-    """Trains in a thread, so that its losses can be read meanwhile."""
-
-    def __init__(
-        self,
-        *,
-        model: str,
-        rows: Sequence[Prompt],
-        directory: str,
-        config: SupervisedConfig,
-        objective: ObjectiveConfig,
-    ) -> None:
-        self._arguments = (model, rows, directory, config)
-        self._objective = objective
-        self._losses: list[StepNumbers] = []
-        self._stopping = False
-
-    async def run(self) -> SupervisedResult:
-        return await asyncio.to_thread(
-            train_supervised,
-            *self._arguments,
-            objective=self._objective,
-            on_step=self._after,
-        )
-
-    def _after(self, _: int, numbers: StepNumbers) -> bool:
-        self._losses.append(numbers)
-        return self._stopping
-
-    async def stop(self) -> None:
-        """Finish the step under way, save, and return from `run`."""
-        self._stopping = True
-
-    async def losses(self, *, after: int) -> Sequence[StepNumbers]:
-        """The numbers of all steps but the first `after`."""
-        return self._losses[after:]
 
 
 class SupervisedRun:
@@ -76,7 +35,7 @@ class SupervisedRun:
         self._steps = plan.supervision.epochs * -(-len(plan.prompts) // plan.supervision.batch_rows)
         self._snapshot = snapshot or Snapshot(run.directory, name=run.name)
         self._learner = spawn(
-            SupervisedLearner,
+            LEARNER,
             model=run.model,
             rows=plan.prompts,
             directory=str(run.directory / "model"),

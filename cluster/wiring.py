@@ -31,11 +31,11 @@ from millrace.cluster.spawn import Spawn
 from millrace.core.replay.disk import DiskJournal
 from millrace.core.replay.queue import ReplayQueue
 from millrace.core.weight_store import FileWeightStore, NodeStore
-from millrace.learner.learner import Learner
 from millrace.rewards.shaping import Shaping
 from millrace.rewards.worker import DeferredJudge, RewardWorker
 
 Maker = Callable[[], Any]  # of a component: a new incarnation each time
+LEARNER = "millrace.learner.learner:Learner"  # by its place: what it imports takes seconds, and the driver needs none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ def _learner(plan: Plan, spawn: Spawn, queue: Any, store: Any) -> Maker:
     run, loop = plan.config, plan.config.loop
     return partial(
         spawn,
-        Learner,
+        LEARNER,
         plan.learner,
         model=run.model,
         reference=plan.reference,

@@ -11,9 +11,9 @@ from examples import make_data, tiny_model
 from millrace.actors.datasets.config import DataConfig
 from millrace.actors.datasets.loading import load
 from millrace.learner.config import Schedule, SupervisedConfig
-from millrace.learner.model import load_tokenizer
-from millrace.learner.step import StepNumbers
+from millrace.learner.report import StepNumbers
 from millrace.learner.supervised import train_supervised
+from millrace.learner.tokenizer import load_tokenizer
 
 RUNS = Path(__file__).resolve().parent.parent / "runs" / "examples"
 SAID_EVERY = 100  # steps

@@ -33,14 +33,15 @@ from millrace.learner.config import LearnerConfig
 from millrace.learner.joining import join
 from millrace.learner.judged import Shaping, Unshaped
 from millrace.learner.loading import load_policy
-from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
 from millrace.learner.phases import Phases
 from millrace.learner.publish import Publisher
 from millrace.learner.reference import move
-from millrace.learner.report import LearnerStatus, StepReport, of_plain, report_of, to_plain
-from millrace.learner.step import Interrupted, StepNumbers, Steps, make_steps
+from millrace.learner.report import LearnerStatus, StepNumbers, StepReport, of_plain, to_plain
+from millrace.learner.reporting import report_of
+from millrace.learner.step import Interrupted, Steps, make_steps
+from millrace.learner.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 

@@ -5,22 +5,13 @@ matrix products run in `compute_dtype`, under autocast: norms, the residual stre
 Dropout is off: engines sample without it.
 """
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from millrace.core.errors import ModelError, TrainingError, boundary
@@ -30,6 +21,7 @@ from millrace.learner.assemble import Microbatch, Sample, pack
 from millrace.learner.attention import KEYWORD, NAME, Plan, Spans
 from millrace.learner.logprobs import Head, logprobs_of_logits, token_logprobs
 from millrace.learner.lora import Adapters, AdaptersOff
+from millrace.learner.tokenizer import config_of, require_files
 
 # Nats between packed and plain log-probabilities in float32: rounding stays far below, a leak lies far above.
 TOLERANCE = 1e-3
@@ -37,7 +29,7 @@ TOLERANCE = 1e-3
 # Layers that carry state along the row without asking an attention function.
 _LEAKING_LAYERS = frozenset({"linear_attention", "conv", "mamba", "recurrent", "hybrid", "chunked_attention"})
 
-__all__ = ["Policy", "device_of", "load_model", "load_tokenizer", "prove_packing"]
+__all__ = ["Policy", "device_of", "load_model", "prove_packing"]
 
 
 _ = table_model.TableForCausalLM  # imported for its registration with the Auto classes
@@ -50,58 +42,14 @@ def device_of(name: str | None = None) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _require(name: str, what: str) -> None:
-    """A name that looks like a path must be a directory with a config."""
-    path = Path(name)
-    is_hub_id = name.count("/") <= 1 and not name.startswith((".", "/", "~", os.sep))
-    if not path.is_dir():
-        if not is_hub_id:
-            raise ModelError(
-                f"{what} {name}: no such directory; give one with config.json, or a hub id like owner/name"
-            )
-    elif not (path / "config.json").is_file():
-        raise ModelError(f"{what} {name}: the directory has no config.json; save it with `save_pretrained`")
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or hub id.
-
-    Raises:
-        ModelError: there is none, or it has no end-of-sequence token.
-    """
-    _require(name, "model")
-    try:
-        with boundary(f"loading the tokenizer of model {name}", ModelError):
-            tokenizer = AutoTokenizer.from_pretrained(name)
-    except ModelError as caught:
-        raise ModelError(
-            f"model {name} has no tokenizer that loads; save one beside it with `tokenizer.save_pretrained`. {caught}"
-        ) from caught
-    # Without files, transformers makes an empty tokenizer of the model's type and says nothing.
-    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-        raise ModelError(f"model {name} has no tokenizer; save one beside it with `tokenizer.save_pretrained`")
-    size = _config_of(name).get_text_config().vocab_size
-    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= size:
-        raise ModelError(
-            f"model {name}: its tokenizer has no eos_token among the model's {size} tokens (it is"
-            f" {tokenizer.eos_token!r}, {tokenizer.eos_token_id}), so no answer could ever end; set one and save it"
-        )
-    return tokenizer
-
-
-def _config_of(name: str) -> PreTrainedConfig:
-    with boundary(f"loading the config of model {name}", ModelError):
-        return AutoConfig.from_pretrained(name)
-
-
 def load_model(name: str, *, device: torch.device | None = None) -> PreTrainedModel:
     """A causal language model for packed rows: float32, no dropout, every weight from the files, proved.
 
     Raises:
         ModelError: the directory, the files or the architecture will not do; says what would.
     """
-    _require(name, "model")
-    config = _config_of(name)
+    require_files(name, "model")
+    config = config_of(name)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if leaking := sorted(layers & _LEAKING_LAYERS):
         raise _unsupported(config.model_type, f"its layers of type {', '.join(leaking)} run along the packed row")

@@ -1,14 +1,34 @@
-"""What the learner tells the outside: a report per step, and its status at any time."""
+"""What the learner tells the outside: a report per step, and its status at any time. Data alone: who reads it need not
+import what computes it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from millrace.learner.assemble import Assembled
-from millrace.learner.batches import Batch
-from millrace.learner.phases import Phases, idle
-from millrace.learner.samples import SampledRollout, pick
-from millrace.learner.step import LagNumbers, StepNumbers
+from millrace.learner.samples import SampledRollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LagNumbers:
+    """How the policy differs from the weights that sampled, over the tokens of one lag."""
+
+    tokens: int
+    k3: float  # nats per token: mean of (w - 1) - log w, with w = policy / behaviour; an estimate of their divergence
+    max_gap: float  # largest |log w|, nats
+    effective_sample_size: float  # (sum w)^2 / (n sum w^2), a share of the tokens
+    clip_fraction: float  # share of tokens with w outside [0.8, 1.2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepNumbers:
+    """What one optimiser step was like."""
+
+    loss: float
+    gradient_norm: float  # before clipping
+    learning_rate: float
+    entropy: float  # mean over loss tokens, nats
+    metrics: Mapping[str, float]  # the objective's own
+    by_lag: Mapping[int, LagNumbers]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,63 +72,17 @@ class LearnerStatus:
     version: int
 
 
-def report_of(
-    batch: Batch,
-    assembled: Assembled,
-    numbers: StepNumbers,
-    phases: Phases,
-    *,
-    step: int,
-    version: int,
-    weights: str,
-    samples: int,
-) -> StepReport:
-    """The report of a step that was made.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedResult:
+    """What a supervised run did."""
 
-    Args:
-        phases: what its time went on.
-        step: optimiser steps made, this one among them.
-        version: published after it.
-        weights: digest of these.
-        samples: rollouts that it shows, at most.
-    """
-    spent, step_s = phases.spent, phases.step_s
-    groups = [each.group for each in batch.groups]
-    return StepReport(
-        step=step,
-        version=version,
-        numbers=numbers,
-        groups=len(groups),
-        rollouts=sum(len(group.rollouts) for group in groups),
-        reward=assembled.reward,
-        reward_std=assembled.reward_std,
-        length=assembled.length,
-        tokens=assembled.tokens,
-        masked_tokens=assembled.masked_tokens,
-        invalid_rollouts=assembled.invalid,
-        skipped_groups=assembled.skipped_groups,
-        filtered=batch.filtered,
-        rows=assembled.rows,
-        unpacked_rows=assembled.unpacked_rows,
-        padding_share=assembled.padding_share,
-        wait_s=spent["waiting"],
-        compute_s=spent["computing"],
-        publish_s=spent["publishing"],
-        checkpoint_s=spent["committing"],
-        other_s=step_s - sum(spent.values()),
-        step_s=step_s,
-        idle_s=idle(spent["waiting"], batch.taken.idle_s),
-        weights=weights,
-        samples=pick(
-            groups,
-            batch.taken.verdicts,
-            [each.reward_G for each in batch.groups],
-            batch.taken.lag,
-            step=step,
-            limit=samples,
-            advantages=assembled.advantages,
-        ),
-    )
+    directory: str  # of the trained model and its tokenizer
+    steps: int
+    rows: int  # over all epochs
+    tokens: int  # of answers, over all epochs
+    first_loss: float  # of the first step, nats per token
+    last_loss: float
+    seconds: float
 
 
 def to_plain(report: StepReport) -> dict[str, Any]:

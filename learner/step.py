@@ -13,32 +13,10 @@ from millrace.learner.metrics import OFF_POLICY, Mean
 from millrace.learner.model import Policy
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import GradientRefused, Optimiser
+from millrace.learner.report import LagNumbers, StepNumbers
 
 # Importance weights outside this range count as clipped: the range of PPO and GRPO.
 CLIP_LOW, CLIP_HIGH = 0.8, 1.2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LagNumbers:
-    """How the policy differs from the weights that sampled, over the tokens of one lag."""
-
-    tokens: int
-    k3: float  # nats per token: mean of (w - 1) - log w, with w = policy / behaviour; an estimate of their divergence
-    max_gap: float  # largest |log w|, nats
-    effective_sample_size: float  # (sum w)^2 / (n sum w^2), a share of the tokens
-    clip_fraction: float  # share of tokens with w outside [0.8, 1.2]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepNumbers:
-    """What one optimiser step was like."""
-
-    loss: float
-    gradient_norm: float  # before clipping
-    learning_rate: float
-    entropy: float  # mean over loss tokens, nats
-    metrics: Mapping[str, float]  # the objective's own
-    by_lag: Mapping[int, LagNumbers]
 
 
 class Refused(TrainingError):

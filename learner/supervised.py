@@ -1,8 +1,8 @@
 """Maximum likelihood of given answers: warm starts, and the recipe `sft` on rows that are there already."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,11 @@ from millrace.learner.assemble import Sample, pack, split, weigh
 from millrace.learner.checkpoint import save_model
 from millrace.learner.config import SupervisedConfig
 from millrace.learner.loading import load_policy
-from millrace.learner.model import load_tokenizer
 from millrace.learner.objective import Objective
 from millrace.learner.optimiser import Optimiser
-from millrace.learner.step import StepNumbers, make_step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupervisedResult:
-    """What a supervised run did."""
-
-    directory: str  # of the trained model and its tokenizer
-    steps: int
-    rows: int  # over all epochs
-    tokens: int  # of answers, over all epochs
-    first_loss: float  # of the first step, nats per token
-    last_loss: float
-    seconds: float
+from millrace.learner.report import StepNumbers, SupervisedResult
+from millrace.learner.step import make_step
+from millrace.learner.tokenizer import load_tokenizer
 
 
 def train_supervised(
@@ -131,3 +119,41 @@ def _batches(samples: Sequence[Sample], config: SupervisedConfig) -> Iterator[li
 
 def _named(places: Sequence[int], rows: Sequence[Prompt]) -> str:
     return f"rows {', '.join(rows[place].id for place in places[:4])}{', ...' if len(places) > 4 else ''}"
+
+
+class SupervisedLearner:
+    """Trains in a thread, so that its losses can be read meanwhile."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        rows: Sequence[Prompt],
+        directory: str,
+        config: SupervisedConfig,
+        objective: ObjectiveConfig,
+    ) -> None:
+        self._arguments = (model, rows, directory, config)
+        self._objective = objective
+        self._losses: list[StepNumbers] = []
+        self._stopping = False
+
+    async def run(self) -> SupervisedResult:
+        return await asyncio.to_thread(
+            train_supervised,
+            *self._arguments,
+            objective=self._objective,
+            on_step=self._after,
+        )
+
+    def _after(self, _: int, numbers: StepNumbers) -> bool:
+        self._losses.append(numbers)
+        return self._stopping
+
+    async def stop(self) -> None:
+        """Finish the step under way, save, and return from `run`."""
+        self._stopping = True
+
+    async def losses(self, *, after: int) -> Sequence[StepNumbers]:
+        """The numbers of all steps but the first `after`."""
+        return self._losses[after:]

@@ -7,19 +7,10 @@ before v, so a task it can learn is one whose next token follows from the last o
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-
-class TableConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is not typed
-    """Sizes of the table: `vocab_size` V and `positions` L."""
-
-    model_type = "millrace_table"
-
-    def __init__(self, vocab_size: int = 2, positions: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.vocab_size = vocab_size
-        self.positions = positions
+from millrace.learner.table_config import TableConfig
 
 
 class TableForCausalLM(PreTrainedModel):  # type: ignore[misc]  # transformers is not typed
@@ -58,5 +49,4 @@ class TableForCausalLM(PreTrainedModel):  # type: ignore[misc]  # transformers i
         return CausalLMOutput(logits=self.table[input_ids[:, kept], place])
 
 
-AutoConfig.register(TableConfig.model_type, TableConfig, exist_ok=True)
 AutoModelForCausalLM.register(TableConfig, TableForCausalLM, exist_ok=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from millrace.actors import generation
+from millrace.actors.engines import wiring
 from millrace.core.errors import EngineDeadError, EngineError
 from millrace.core.protocols import Proof, Sampling, WeightHandle
 from millrace.core.types import Ints, Rollout
@@ -120,7 +121,7 @@ def test_it_leaves_in_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
                 entered.set()
                 await asyncio.Event().wait()
 
-            monkeypatch.setattr(generation, "check_wiring", never)
+            monkeypatch.setattr(wiring, "check_wiring", never)
             worker._to_check = {"name": "vllm", "model": "m"}
         await world.start()
         task = asyncio.create_task(worker.run())

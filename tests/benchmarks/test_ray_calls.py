@@ -22,14 +22,13 @@ class Component:
         return self.total
 
 
-def test_a_counted_class_behaves_as_before_and_counts_its_public_methods() -> None:
+def test_a_component_is_called_as_before_and_its_calls_are_counted() -> None:
     async def use() -> tuple[int, dict[str, int]]:
-        component = ray_calls.counted(Component)(3)
-        await component.add(many=1)
-        return await component.add(2), await component.received_calls()
+        process = ray_calls.Counting(Component, (3,), {})
+        await process.call("add", (), {"many": 1})
+        return await process.call("add", (2,), {}), await process.call("received_calls", (), {})
 
     assert asyncio.run(use()) == (6, {"add": 2})
-    assert ray_calls.counted(Component).__name__ == "Component"
 
 
 @pytest.mark.ray

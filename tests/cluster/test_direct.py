@@ -5,7 +5,7 @@ import os
 import pickle
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ class Component:
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
+
+    async def call(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        return await getattr(self, method)(*args, **kwargs)
 
     async def echo(self, *args: Any, **kwargs: Any) -> Any:
         return args, kwargs
@@ -48,7 +51,7 @@ class Component:
 
 def connected(scene: Callable[[Caller, Door], Awaitable[None]]) -> None:
     async def main() -> None:
-        door = Door(Component())
+        door = Door(Component().call)
         caller = Caller(door.address)
         await asyncio.wait_for(scene(caller, door), 20)
         door.close()
@@ -148,7 +151,7 @@ def test_a_kill_is_seen_in_the_middle_of_an_answer() -> None:
 
 def test_another_user_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        door = Door(Component())
+        door = Door(Component().call)
         caller = Caller(door.address)
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
         with pytest.raises(PermissionError, match="another user"):
@@ -169,12 +172,12 @@ def test_a_connection_is_made_once_per_loop_and_again_when_it_ended() -> None:
             assert caller is not None
             return await caller.call("echo", (1,), {})
 
-        doors.append(Door(Component()))
+        doors.append(Door(Component().call))
         assert await asyncio.gather(use(), use()) == [((1,), {})] * 2
         await use()
         doors[-1].close()
         await asyncio.sleep(0.01)
-        doors.append(Door(Component()))
+        doors.append(Door(Component().call))
         await use()
         doors[-1].close()
 
@@ -205,7 +208,7 @@ def test_a_failure_to_ask_for_the_door_is_told_and_asked_again() -> None:
     failures = iter([ConnectionError("it is being restarted"), None])
 
     async def main() -> None:
-        door = Door(Component())
+        door = Door(Component().call)
 
         async def ask() -> str:
             if failure := next(failures):

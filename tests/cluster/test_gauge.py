@@ -7,8 +7,7 @@ import pytest
 from millrace.cluster.gauge import WINDOW_S, Gauge, Spent, mean_lag
 from millrace.cluster.snapshot import Status
 from millrace.core.protocols import QueueStatus
-from millrace.learner.report import LearnerStatus, StepReport
-from millrace.learner.step import LagNumbers, StepNumbers
+from millrace.learner.report import LagNumbers, LearnerStatus, StepNumbers, StepReport
 
 COMPUTING = LearnerStatus(phase="computing", phase_s=0.5, step=0, version=0)
 

@@ -12,8 +12,7 @@ from millrace.cluster.history import History
 from millrace.cluster.record import Recorder
 from millrace.cluster.samples import RolloutLog
 from millrace.core.protocols import Quarantined, QueueStatus
-from millrace.learner.report import StepReport
-from millrace.learner.step import StepNumbers
+from millrace.learner.report import StepNumbers, StepReport
 
 NUMBERS = StepNumbers(loss=0.0, gradient_norm=1.0, learning_rate=0.1, entropy=1.0, metrics={}, by_lag={})
 STATUS = QueueStatus(

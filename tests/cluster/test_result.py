@@ -9,8 +9,7 @@ from millrace.cluster.plan import make_plan
 from millrace.cluster.record import Recorder
 from millrace.cluster.result import packages, result, row, shares
 from millrace.core.protocols import QueueStatus
-from millrace.learner.report import StepReport
-from millrace.learner.step import LagNumbers, StepNumbers
+from millrace.learner.report import LagNumbers, StepNumbers, StepReport
 
 
 def status(step: int, **changes: Any) -> QueueStatus:

@@ -126,9 +126,9 @@ class Ways(Handle):
         super().__init__(handle._actor, handle._name, near=True)
         self.by_ray: list[str] = []
 
-    def _by_ray(self, method: str) -> Any:
+    async def _by_ray(self, method: str, args: Any, kwargs: Any) -> Any:
         self.by_ray.append(method)
-        return super()._by_ray(method)
+        return await super()._by_ray(method, args, kwargs)
 
 
 @pytest.mark.ray
@@ -170,9 +170,9 @@ def test_a_process_that_ray_or_the_system_ended_is_gone(error: Exception, reason
     """What is gone is restarted; any other error would end the run."""
 
     class Actor:
-        class work:
+        class call:
             @staticmethod
-            async def remote() -> None:
+            async def remote(*request: object) -> None:
                 raise error
 
     async def scenario() -> None:

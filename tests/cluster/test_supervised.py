@@ -63,7 +63,7 @@ def test_what_fails_is_in_its_events(config: Any, monkeypatch: pytest.MonkeyPatc
     def broken(*given: Any, **options: Any) -> None:
         raise MemoryError("too many rows")
 
-    monkeypatch.setattr("millrace.cluster.supervised.train_supervised", broken)
+    monkeypatch.setattr("millrace.learner.supervised.train_supervised", broken)
     with pytest.raises(MillraceError, match="learner raised MemoryError: too many rows"):
         jobs.train(config, local=True, say=lambda line: None)
     event = lines(config.directory / "events.jsonl")[-1]

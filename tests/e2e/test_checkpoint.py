@@ -13,8 +13,8 @@ from millrace.actors.engines import engine
 from millrace.learner import checkpoint
 from millrace.learner.config import LearnerConfig, LoraConfig, OptimiserConfig
 from millrace.learner.loading import load_policy
-from millrace.learner.model import load_tokenizer
 from millrace.learner.optimiser import Optimiser
+from millrace.learner.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.ray
 

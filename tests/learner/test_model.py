@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel, Qwe
 from millrace.core.errors import ModelError, TrainingError
 from millrace.learner import model as model_module
 from millrace.learner.assemble import Sample, pack
-from millrace.learner.model import Policy, head_of, load_model, load_tokenizer, prove_packing
+from millrace.learner.model import Policy, head_of, load_model, prove_packing
 from millrace.learner.table_model import TableConfig, TableForCausalLM
+from millrace.learner.tokenizer import load_tokenizer
 
 VOCABULARY = 61
 
