@@ -13,6 +13,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -34,10 +35,12 @@ class Cut(ConnectionError):
 class Wire:
     """One end of a connection, in one event loop."""
 
-    def __init__(self, link: socket.socket, *, heard: Callable[["Wire", int, Any], None], cut: Callable[[], None]):
+    def __init__(
+        self, link: socket.socket, *, heard: Callable[["Wire", int, Callable[[], Any]], None], cut: Callable[[], None]
+    ) -> None:
         """
         Args:
-            heard: gets each frame's number and object.
+            heard: gets each frame's number, and what makes its object or raises what keeps it from being made.
             cut: called once, when the connection ends.
         """
         link.setblocking(False)
@@ -122,7 +125,7 @@ class Wire:
             return
         body, held = memoryview(self._body)[buffers * SIZE.size :], self._buffers
         self._begin()
-        self._heard(self, number, pickle.loads(body, buffers=[memoryview(each).toreadonly() for each in held]))
+        self._heard(self, number, partial(pickle.loads, body, buffers=[memoryview(each).toreadonly() for each in held]))
 
     def close(self) -> None:
         """No more of it; `cut` is told."""
@@ -163,10 +166,13 @@ class Door:
         wire = Wire(link, heard=self._asked, cut=lambda: self._wires.discard(wire))
         self._wires.add(wire)
 
-    def _asked(self, wire: Wire, number: int, request: tuple[str, Sequence[Any], dict[str, Any]]) -> None:
-        task = self._loop.create_task(self._call(*request))
+    def _asked(self, wire: Wire, number: int, request: Callable[[], Any]) -> None:
+        task = self._loop.create_task(self._called(request))
         self._working.add(task)
         task.add_done_callback(lambda done: self._answer(wire, number, done))
+
+    async def _called(self, request: Callable[[], tuple[str, Sequence[Any], dict[str, Any]]]) -> Any:
+        return await self._call(*request())
 
     def _answer(self, wire: Wire, number: int, done: asyncio.Task[Any]) -> None:
         self._working.discard(done)
@@ -206,7 +212,7 @@ class Caller:
             link.close()
             raise
         self._numbers = count()
-        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._asked: dict[int, asyncio.Future[Callable[[], Any]]] = {}
         self._wire = Wire(link, heard=self._answered, cut=self._cut)
 
     @property
@@ -226,19 +232,18 @@ class Caller:
         asked = self._asked[number] = asyncio.get_running_loop().create_future()
         try:
             self._wire.send(number, (method, args, kwargs))
-            return await asked
+            outcome: tuple[Any, BaseException | None] = (await asked)()
         finally:
             self._asked.pop(number, None)
-
-    def _answered(self, wire: Wire, number: int, outcome: tuple[Any, BaseException | None]) -> None:
-        asked = self._asked.get(number)
-        if asked is None or asked.done():  # who asked has given up
-            return
         answer, error = outcome
-        if error is None:
-            asked.set_result(answer)
-        else:
-            asked.set_exception(error)
+        if error is not None:
+            raise error
+        return answer
+
+    def _answered(self, wire: Wire, number: int, outcome: Callable[[], Any]) -> None:
+        asked = self._asked.get(number)
+        if asked is not None and not asked.done():  # otherwise who asked has given up
+            asked.set_result(outcome)
 
     def _cut(self) -> None:
         for asked in self._asked.values():

@@ -45,6 +45,9 @@ class Component:
     async def unspeakable(self) -> Any:
         return lambda: None
 
+    async def odd(self) -> Any:
+        return Odd()
+
     async def cancel(self) -> None:
         raise asyncio.CancelledError
 
@@ -97,6 +100,28 @@ def test_what_is_raised_arrives_and_the_connection_goes_on() -> None:
             await caller.call("echo", (lambda: None,), {})
         with pytest.raises(ConnectionError, match="its process ends"):
             await caller.call("cancel", (), {})
+        assert await caller.call("echo", (), {}) == ((), {})
+
+    connected(scene)
+
+
+class Odd:
+    """Pickles, and cannot be read again."""
+
+    def __reduce__(self) -> Any:
+        return int, ("no number",)
+
+
+def test_what_cannot_be_read_is_an_error_of_its_own_call() -> None:
+    """On either side: no call is left without an answer."""
+
+    async def scene(caller: Caller, door: Door) -> None:
+        with pytest.raises(ValueError, match="no number"):
+            await caller.call("echo", (Odd(),), {})
+        with pytest.raises(ValueError, match="no number"):
+            await caller.call("odd", (), {})
+        with pytest.raises(AttributeError, match="nothing"):
+            await caller.call("nothing", (), {})
         assert await caller.call("echo", (), {}) == ((), {})
 
     connected(scene)
