@@ -26,10 +26,14 @@ from benchmarks.reward_arms import Curve, Setting, ours, trl, warm_started
 
 TRIALS = harness.RESULTS / "trials" / "time_to_reward.json"
 MODEL = harness.ROOT / "runs" / "benchmarks" / "long_tail"
-STEPS = 40  # at most; TRL's run ends at the target, ours is scored when it has ended
+STEPS = 64  # at most; TRL's run ends at the target, ours is scored when it has ended
 LEARNING_RATE = 6e-5
 THREADS = 2  # TRL's
-OURS: Mapping[str, Mapping[str, Any]] = {"loop": {"max_lag": 2}, "learner": {"threads": 1}}
+OURS: Mapping[str, Mapping[str, Any]] = {
+    "loop": {"max_lag": 4},
+    "generation": {"slots": 128},
+    "learner": {"threads": 1},
+}
 TARGETS: Mapping[str, harness.Target] = {"seconds": ("<=", 0.5), "samples": ("<=", 1.05)}
 
 

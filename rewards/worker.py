@@ -13,21 +13,17 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
-
-import transformers
-from transformers import PreTrainedTokenizerFast
 
 from millrace.core.calls import Bell, Outbox, persist, together
 from millrace.core.catalogue import Spec
-from millrace.core.errors import ModelError, boundary
 from millrace.core.failpoint import reach
 from millrace.core.heart import Heart, Pulse
 from millrace.core.protocols import Clock, Orders, Queue, Role
 from millrace.core.schema import decode
-from millrace.core.types import Group, GroupId, GroupVerdict, Ints, Prompt, Rollout, Verdict, WorkerId
+from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, WorkerId
 from millrace.rewards.config import JudgeConfig, RewardConfig
+from millrace.rewards.decoding import decoder
 from millrace.rewards.judge import Decode, Judge
 from millrace.rewards.judge import verifier as resolved
 
@@ -37,33 +33,6 @@ SLOW_S = 1.0  # a worker whose groups take longer holds few of them
 FIRST_PAUSE_S = 0.01
 EMPTY_PAUSE_S = 0.25
 LEAVE_S = 1.0  # that a worker which stops waits for the queue, once for its verdicts and once for its farewell
-
-
-def decoder(directory: str) -> Decode:
-    """Token arrays -> texts without special tokens, by the tokenizer of a model directory or hub id.
-
-    Raises:
-        ModelError: there is none.
-    """
-    with boundary(
-        f"the tokenizer of {directory} (rewards judge text, so a model needs its tokenizer's files beside it)",
-        ModelError,
-    ):
-        if (Path(directory) / "tokenizer.json").is_file():
-            # All that decoding needs. AutoTokenizer would import torch and more, seconds in which others start, too.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-
-    def texts(responses: Sequence[Ints]) -> Sequence[str]:
-        decoded: Sequence[str] = tokenizer.batch_decode(
-            [tokens_T.tolist() for tokens_T in responses],
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        return decoded
-
-    return texts
 
 
 @dataclass

@@ -17,8 +17,8 @@ MODELS = TORCH[1:]  # with torch's compiler, seconds more than torch
         pytest.param("millrace.core.replay.queue", (*TORCH, "transformers", "ray"), id="queue"),
         pytest.param("millrace.core.weight_store", (*TORCH, "transformers", "ray"), id="weight store"),
         pytest.param("millrace.actors.generation", (*TORCH, "transformers", "ray"), id="generation worker"),
-        pytest.param("millrace.rewards.worker", (*TORCH, "ray"), id="reward worker"),
-        pytest.param("millrace.cluster.held_out", (*TORCH, "ray"), id="held-out evaluation"),
+        pytest.param("millrace.rewards.worker", (*TORCH, "transformers", "ray"), id="reward worker"),
+        pytest.param("millrace.cluster.held_out", (*TORCH, "transformers", "ray"), id="held-out evaluation"),
         pytest.param("millrace.learner.learner", ("vllm", "ray"), id="learner"),
     ],
 )

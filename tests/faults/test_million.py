@@ -29,10 +29,15 @@ def explored(task: tuple[str, int]) -> tuple[str, int, int, list[tuple]]:
 @pytest.mark.faults
 @pytest.mark.timeout(1800)
 def test_a_million_states_keep_the_invariants_and_can_end() -> None:
-    """What breaks an invariant is raised with its trace. What small scenes have too little of, large ones add."""
+    """What breaks an invariant is raised with its trace.
+
+    Large scenes take twice as long per state: each gets a small part, and what the small ones, many of which are
+    exhausted before, leave to be done.
+    """
     slow_first = sorted(SCENES, key=lambda name: not name.startswith("queue dies"))
+    tasks = [(name, TARGET // 200) for name in LARGE] + [(name, TARGET // 24) for name in slow_first]
     with multiprocessing.get_context("spawn").Pool(PROCESSES, behind_the_others) as pool:
-        found = list(pool.imap_unordered(explored, [(name, TARGET // len(SCENES)) for name in slow_first]))
+        found = list(pool.imap_unordered(explored, tasks))
         short = TARGET - sum(visited for _, visited, _, _ in found)
         found += pool.imap_unordered(explored, [(name, short // len(LARGE) + 1) for name in LARGE] if short > 0 else [])
     stuck = {name: traces[0] for name, _, _, traces in found if traces}

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from millrace.core.catalogue import Method
-from millrace.core.errors import DeadlineError, ModelError, RewardError
+from millrace.core.errors import DeadlineError, RewardError
 from millrace.core.protocols import Feedback, QueueStatus, Role, Taken
 from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.queue import ReplayQueue
@@ -24,7 +24,7 @@ from millrace.core.schema import decode as unpack
 from millrace.core.schema import encode
 from millrace.core.types import Group, GroupId, Ints, Lease, Prompt, Rollout, VerdictKind, VersionRun, WorkerId
 from millrace.rewards.config import RewardConfig
-from millrace.rewards.worker import DeferredJudge, RewardWorker, decoder
+from millrace.rewards.worker import DeferredJudge, RewardWorker
 
 N = 4
 MAKER = WorkerId("generation-0")
@@ -428,17 +428,6 @@ def character_tokenizer(directory: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(directory)
-
-
-def test_the_tokenizer_of_the_model_leaves_special_tokens_out(tmp_path: Path) -> None:
-    character_tokenizer(tmp_path)
-    texts = decoder(str(tmp_path))([np.array([3, 4, 1], np.int32), np.array([5, 5], np.int32)])
-    assert [text.replace(" ", "") for text in texts] == ["ab", "cc"]
-
-
-def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"the tokenizer of {tmp_path}"):
-        decoder(str(tmp_path))
 
 
 def test_a_judge_crosses_a_machine_as_data(tmp_path: Path) -> None:
