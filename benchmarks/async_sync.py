@@ -75,11 +75,15 @@ def loop(arm: str) -> dict[str, Any]:
     return {**sizes, "max_lag": MAX_LAG, "stale": arm, **({"requeues": 1} if arm == "requeue" else {})}
 
 
-def table(arm: str, lengths: Lengths) -> dict[str, Any]:
-    """A run's configuration as in its TOML file; model and data are expected beside it."""
+def table(arm: str, lengths: Lengths, passes: int = 1) -> dict[str, Any]:
+    """A run's configuration as in its TOML file; model and data are expected beside it.
+
+    Args:
+        passes: of the learner over a batch: more of them bring a faster learner to the engine's pace.
+    """
     return {
         "model": "model",
-        "recipe": "grpo",
+        "recipe": {"name": "grpo", "updates": {"epochs": passes}},
         "data": {"train": "rows.jsonl"},
         "rewards": {"verifier": "position_match"},
         "loop": loop(arm),
@@ -160,7 +164,7 @@ def recorded(lengths: Mapping[GroupId, Sequence[int]]) -> LengthsOf:
     return of
 
 
-def rounds(kind: str, rules: Sequence[str], *, pairs: int, root: Path, both: bool) -> Found:
+def rounds(kind: str, rules: Sequence[str], *, pairs: int, root: Path, both: bool, passes: int) -> Found:
     """Whole runs of every arm in turn, and the limits by each round's own stage times."""
     lengths, numbers, found = KINDS[kind], count(), Found()
     length_model.build(root / "model", lengths)
@@ -169,7 +173,7 @@ def rounds(kind: str, rules: Sequence[str], *, pairs: int, root: Path, both: boo
     def run(arm: str) -> runs.Finished:
         spawn = OnBothCores() if arm == BOTH else runs.PinnedOnRay(CORES)
         name = f"{kind}-{arm.replace(' ', '-')}-{next(numbers)}"
-        return runs.execute(table(arm, lengths), root=root, name=name, spawn=spawn)
+        return runs.execute(table(arm, lengths, passes), root=root, name=name, spawn=spawn)
 
     def measured(arm: str) -> Callable[[], float]:
         def once() -> float:
@@ -182,7 +186,7 @@ def rounds(kind: str, rules: Sequence[str], *, pairs: int, root: Path, both: boo
         trace = run(SYNC)
         rows = stage_times.rows_of(trace.directory)
         of = recorded(stage_times.lengths_of(rows))
-        one = stack.enter_context(stage_times.process(trace.directory, table(SYNC, lengths), SLICE, [1]))
+        one = stack.enter_context(stage_times.process(trace.directory, table(SYNC, lengths, passes), SLICE, [1]))
 
         def limit() -> float:
             times, fit = one()
@@ -202,8 +206,10 @@ def limit_of(arm: str, times: StageTimes, of: LengthsOf) -> Simulated:
     return simulate(QueueConfig(**loop(arm)), times, of, slots=SLOTS, prompt_tokens=4)
 
 
-def rows_of(kind: str, rules: Sequence[str], found: Found, where: str) -> list[harness.Row]:
-    """P8 for every rule; P9 and P11 where they are asked for."""
+def rows_of(kind: str, rules: Sequence[str], found: Found, where: str, passes: int = 1) -> list[harness.Row]:
+    """P8 for every rule; P9 and P11 where they are asked for. P9 alone of a learner that makes several passes."""
+    if passes > 1:
+        return [row for rule in set(rules) & {"wait", "train"} for row in _idle(kind, rule, found, where, passes)]
     rows = [_share(kind, rule, found, where) for rule in rules]
     if BOTH in found.steps_per_s:
         ratio = harness.ratio(found.steps_per_s["wait"], found.steps_per_s[BOTH])
@@ -239,7 +245,7 @@ def _share(kind: str, rule: str, found: Found, where: str) -> harness.Row:
     )
 
 
-def _idle(kind: str, rule: str, found: Found, where: str) -> list[harness.Row]:
+def _idle(kind: str, rule: str, found: Found, where: str, passes: int = 1) -> list[harness.Row]:
     by_cause = {name: float(np.median([each[name] for each in found.idle[rule]])) for name in found.idle[rule][0]}
     waits = float(np.median([sum(each.values()) - each["other"] for each in found.idle[rule]]))
     details: dict[str, object] = {
@@ -249,12 +255,12 @@ def _idle(kind: str, rule: str, found: Found, where: str) -> list[harness.Row]:
         "stage_times_s": found.times,
     }
     what = f"{{}} of the learner at max_lag {MAX_LAG} ({rule}), {kind} lengths"
+    what += f", {passes} passes over a batch" if passes > 1 else ""
+    key = f"P9/{kind}/{rule}" + (f"-{passes}-passes" if passes > 1 else "")
     facts: dict[str, Any] = {"where": where, "details": details}
     return [
-        harness.row(f"P9/{kind}/{rule}", what.format("idle share"), waits, target=("<=", 0.05), **facts),
-        harness.row(
-            f"P9/{kind}/{rule}-other", what.format("unexplained share"), by_cause["other"], target=("<=", 0.02), **facts
-        ),
+        harness.row(key, what.format("idle share"), waits, target=("<=", 0.05), **facts),
+        harness.row(f"{key}-other", what.format("unexplained share"), by_cause["other"], target=("<=", 0.02), **facts),
     ]
 
 
@@ -281,6 +287,7 @@ def main() -> None:
     parser.set_defaults(pairs=5)
     parser.add_argument("--lengths", choices=sorted(KINDS), action="append", help="all, if none is named")
     parser.add_argument("--rule", choices=RULES, action="append", help="all, if none is named")
+    parser.add_argument("--passes", type=int, default=1, help="of the learner over a batch (default 1)")
     parser.add_argument("--no-both-cores", action="store_true", help="leave out the synchronous arm on both cores")
     given = parser.parse_args()
     harness.refuse_a_busy_machine(anyway=given.busy)
@@ -288,9 +295,9 @@ def main() -> None:
     rules = tuple(given.rule or RULES)
     for kind in given.lengths or sorted(KINDS):
         with tempfile.TemporaryDirectory() as name:
-            both = "wait" in rules and not given.no_both_cores
-            found = rounds(kind, rules, pairs=given.pairs, root=Path(name), both=both)
-        rows = rows_of(kind, rules, found, where)
+            both = "wait" in rules and not given.no_both_cores and given.passes == 1
+            found = rounds(kind, rules, pairs=given.pairs, root=Path(name), both=both, passes=given.passes)
+        rows = rows_of(kind, rules, found, where, given.passes)
         if given.no_record:
             for row in rows:
                 print(f"{row.id}: {row.value:.4g} {row.interval} {row.details}")
