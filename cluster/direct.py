@@ -19,13 +19,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from millrace.core.errors import MillraceError, boundary
+
 HEAD = struct.Struct("<QII")  # number of the call, bytes of the pickle with the sizes in front of it, buffers
 SIZE = struct.Struct("<Q")
 AT_ONCE_BYTES = 4 << 20  # that are read before others in the event loop have their turn
 PARTS = 64  # of a single write
 PEER = struct.Struct("3i")  # process, user and group of who is at the other end
 BACKLOG = 128
-UNSPEAKABLE = (pickle.PicklingError, TypeError, AttributeError)  # what cannot be pickled raises one of these
+SHOWN = 200  # characters of what cannot be sent
 
 
 class Cut(ConnectionError):
@@ -47,6 +49,7 @@ class Wire:
         self._link, self._heard, self._cut = link, heard, cut
         self._loop = asyncio.get_running_loop()
         self._parts: deque[memoryview] = deque()  # still to be sent
+        self._blocked = False  # until the other end has read some of it
         self._begin()
         self.open = True
         self._loop.add_reader(link.fileno(), self._readable)
@@ -69,12 +72,15 @@ class Wire:
             while self._parts and self.open:
                 self._sent(self._link.sendmsg(tuple(islice(self._parts, PARTS))))
         except BlockingIOError:
-            self._loop.add_writer(self._link.fileno(), self._writable)
+            if not self._blocked:
+                self._loop.add_writer(self._link.fileno(), self._writable)
+            self._blocked = True
             return
         except OSError:
             self.close()
-        if self.open:
+        if self._blocked and self.open:
             self._loop.remove_writer(self._link.fileno())
+        self._blocked = False
 
     def _sent(self, many: int) -> None:
         while many:
@@ -184,9 +190,10 @@ class Door:
         if not wire.open:  # whoever asked is gone, and repeats it in another life
             return
         try:
-            wire.send(number, outcome)
-        except UNSPEAKABLE as caught:
-            wire.send(number, (None, RuntimeError(f"{outcome!r} cannot be sent: {caught}")))
+            with boundary("pickling it", MillraceError):
+                wire.send(number, outcome)
+        except MillraceError as caught:
+            wire.send(number, (None, RuntimeError(f"{str(outcome)[:SHOWN]} cannot be sent: {caught}")))
 
     def close(self) -> None:
         """Nobody comes in any more, and who is in is sent away."""

@@ -45,6 +45,9 @@ class Component:
     async def unspeakable(self) -> Any:
         return lambda: None
 
+    async def sealed(self) -> Any:
+        return Sealed()
+
     async def odd(self) -> Any:
         return Odd()
 
@@ -96,6 +99,8 @@ def test_what_is_raised_arrives_and_the_connection_goes_on() -> None:
             await caller.call("refuse", (), {})
         with pytest.raises(RuntimeError, match="lambda.* cannot be sent"):
             await caller.call("unspeakable", (), {})
+        with pytest.raises(RuntimeError, match="Sealed .* cannot be sent: .*it stays here"):
+            await caller.call("sealed", (), {})
         with pytest.raises((AttributeError, pickle.PicklingError)):
             await caller.call("echo", (lambda: None,), {})
         with pytest.raises(ConnectionError, match="its process ends"):
@@ -103,6 +108,13 @@ def test_what_is_raised_arrives_and_the_connection_goes_on() -> None:
         assert await caller.call("echo", (), {}) == ((), {})
 
     connected(scene)
+
+
+class Sealed:
+    """Refuses to be pickled, with an error of its own."""
+
+    def __reduce__(self) -> Any:
+        raise ValueError("it stays here")
 
 
 class Odd:
