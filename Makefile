@@ -46,7 +46,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long
 
 test-faults: $(READY)
-	$(BIN)/python -m pytest -q -n 4 --dist worksteal tests/faults tests/actors/engines/test_vllm_async_ends.py
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests/faults tests/actors/engines/test_vllm_async_ends.py
 
 test-trl: $(READY) .venv-trl/.ready
 	$(BIN)/python -m pytest -q -m trl

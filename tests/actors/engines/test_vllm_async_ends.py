@@ -103,7 +103,10 @@ if __name__ == "__main__":
 def family(owner: int) -> dict[str, psutil.Process]:
     found = {}
     for child in psutil.Process(owner).children(recursive=True):
-        line = " ".join(child.cmdline())
+        try:
+            line = " ".join(child.cmdline())
+        except psutil.Error:  # it has just ended
+            continue
         names = [
             name for name in ("EngineCore", "Worker", "resource_tracker", "processes.py", "spawn_main") if name in line
         ]
