@@ -1,4 +1,4 @@
-"""Calls that stay on one machine go over a Unix socket, beside Ray: a tenth of the processor time of Ray's own.
+"""Calls that stay on one machine go over a Unix socket, beside Ray (benchmarks/README.md, P1, says what that saves).
 
 A frame is a head, a pickle, and the large buffers of its objects as they lie in memory. Sockets have abstract names,
 which end with their process, and talk to processes of the same user alone: whoever they could harm by a pickle is who
