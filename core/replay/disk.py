@@ -1,14 +1,12 @@
 """The journal on disk: records and facts in one SQLite file, payloads in Arrow segments beside it.
 
-A payload is written when it is stored; its row, and every record, with the next `flush`, in one transaction. So after
+A payload is written when it is stored; where it lies, and every record, with the next `flush`, in one row. So after
 a kill there is no row without what it names, and what the last segment holds beyond its rows is cut off. A thread makes
 it survive a loss of power as well, a moment later.
 """
 
-import json
 import sqlite3
 import weakref
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,14 +17,15 @@ from typing import Any
 from millrace.core import schema
 from millrace.core.errors import JournalError, PayloadError
 from millrace.core.failpoint import reach
-from millrace.core.replay import ledger_file, rollouts, segments
-from millrace.core.replay.journal import JournalConfig, Location, Outcome, Record
-from millrace.core.replay.ledger_file import LIVE, OUTCOME, PACK, RECORD
+from millrace.core.replay import ledger_file, ledger_rows, rollouts, segments
+from millrace.core.replay.journal import JournalConfig, Location, Outcome, Record, text_of
+from millrace.core.replay.ledger_file import LIVE
+from millrace.core.replay.ledger_rows import LedgerRows, add, of_records
 from millrace.core.replay.segments import Place, Segments
 from millrace.core.replay.syncer import Syncer
 
-_ENCODE = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _AT_ONCE = 256  # packs whose facts an export reads at a time
+_FOLD_AT = 4096  # facts that are moved to their tables together
 
 
 class DiskJournal:
@@ -54,25 +53,22 @@ class DiskJournal:
         self._lock = RLock()
         self._connection = ledger_file.opened(self._directory)
         try:
-            texts = self._read_records()
+            records = self._read_records()
             self._open_segments()
         except BaseException:
             self._connection.close()
             self._connection = None
             raise
-        return map(json.loads, texts)
+        return iter(records)
 
-    def _read_records(self) -> list[str]:
-        path, texts = self._path, []
-        with ledger_file.in_words(path):
-            for number, text, crc32 in self._sql("select number, record, crc32 from records order by number"):
-                if zlib.crc32(text.encode()) != crc32:
-                    raise ledger_file.damaged(path, f"record {number} has another checksum than when it was written")
-                texts.append(text)
-        self._pending: dict[str, list[tuple[Any, ...]]] = {RECORD: [], PACK: [], OUTCOME: []}
+    def _read_records(self) -> list[Record]:
+        self._pending = LedgerRows()
         self._commits = False  # one of the records that are pending is a commit
-        self._behind = len(texts)
-        return texts
+        with ledger_file.in_words(self._path):
+            records = list(self._pending.read(self._open()))
+        self._fold()
+        self._behind = len(records)
+        return records
 
     def _open_segments(self) -> None:
         folder = self._directory / segments.FOLDER
@@ -100,7 +96,7 @@ class DiskJournal:
             self._repair()
         except OSError as caught:
             raise ledger_file.unwritable(folder, caught, len(segments.HEAD)) from caught
-        self._syncer = Syncer(self._path, self._config.fsync_s, self.damage)
+        self._syncer = Syncer(self._path, self._segments, self._config.fsync_s, self.damage)
         weakref.finalize(self, self._syncer.stop)
 
     def _repair(self) -> None:
@@ -125,18 +121,20 @@ class DiskJournal:
         with ledger_file.in_words(self._path):
             return [Place(*row) for row in self._sql(select, number)]
 
-    def _sql(self, statement: str, *values: object) -> sqlite3.Cursor:
+    def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             raise JournalError(f"the journal of {self._directory} is not open: its run has ended")
-        return self._connection.execute(statement, values)
+        return self._connection
+
+    def _sql(self, statement: str, *values: object) -> sqlite3.Cursor:
+        return self._open().execute(statement, values)
 
     @property
     def behind(self) -> int:
         return self._behind
 
     def append(self, record: Record) -> None:
-        text = _ENCODE(record)
-        self._pending[RECORD].append((text, zlib.crc32(text.encode())))
+        self._pending.record(record)
         self._commits |= record["op"] == "committed"
         self._behind += 1
 
@@ -146,54 +144,71 @@ class DiskJournal:
         Raises:
             JournalError: it cannot be written now. All of it is kept for the next flush.
         """
-        if not (any(self._pending.values()) or self._gone):
+        if not (self._pending.pending or self._gone):
             return
         reach("journal.flush.before")
-        self._transaction(self._write_pending, bytes_needed=sum(len(text) for text, _ in self._pending[RECORD]))
-        for rows in self._pending.values():
-            rows.clear()
+        if self._pending.pending:
+            self._write_row(self._pending.text())
         if self._commits:  # who hears of it deletes the checkpoint before: no loss of power may undo it
             self._syncer.write_log()
             self._commits = False
         reach("journal.flush.after")
+        if self._pending.to_fold >= _FOLD_AT:
+            with suppress(JournalError):  # they stay in their rows, and the next flush moves them
+                self._fold()
         if self._gone:
             self._delete_segments()
-        self._syncer.dirty(each.path for each in self._segments.open.values())
+        self._syncer.dirty()
 
-    def _write_pending(self, connection: sqlite3.Connection) -> None:
-        for statement, rows in self._pending.items():
-            if rows:
-                connection.executemany(statement, rows)
+    def _write_row(self, text: str) -> None:
+        with self._lock:
+            try:
+                add(self._open(), text)
+            except sqlite3.Error as caught:
+                raise ledger_file.in_words_of(self._path, caught, len(text)) from caught
+            self._pending.flushed()
+
+    def _fold(self) -> None:
+        """Move the facts of all rows to their tables."""
+        with self._lock:
+            if self._pending.to_fold:
+                self._transaction(self._pending.fold, bytes_needed=256 * self._pending.to_fold)
+                self._pending.folded()
 
     def _delete_segments(self) -> None:
         """Their files, then their rows, which say until then that nobody needs them."""
         gone = [number for number in self._gone if self._syncer.remove(self._segments.path(number))]
 
         def forget(connection: sqlite3.Connection) -> None:  # no number of theirs is given out again
+            self._pending.fold(connection)
             connection.execute("update meta set value = ? where key = 'packs'", (str(self._next - 1),))
             connection.executemany("delete from packs where segment = ?", [(number,) for number in gone])
 
         with suppress(JournalError):  # the next flush, or the next opening, does it
             self._transaction(forget, bytes_needed=4096)
+            self._pending.folded()
             self._gone = [number for number in self._gone if number not in gone]
 
     def compact(self, image: Record) -> None:
         """Replace all records by one that stands for them all. Whole or not at all after a crash."""
         self.flush()
-        text = _ENCODE(image)
+        text = of_records(text_of(image))
 
         def replace(connection: sqlite3.Connection) -> None:
             connection.execute("delete from records")
-            connection.execute(RECORD, (text, zlib.crc32(text.encode())))
+            add(connection, text)
+            self._pending.fold(connection)
             reach("journal.compact")
 
         self._transaction(replace, bytes_needed=len(text))
+        self._pending.folded()
         self._behind = 1
 
     def _transaction(self, write: Any, *, bytes_needed: int) -> None:
         """All of it or nothing."""
         with self._lock, ledger_file.in_words(self._path, bytes_needed=bytes_needed):
-            connection = self._sql("begin immediate").connection
+            connection = self._open()
+            connection.execute("begin immediate")
             try:
                 write(connection)
                 connection.execute("commit")
@@ -203,8 +218,8 @@ class DiskJournal:
 
     # -- payloads
 
-    def store(self, pack: schema.Pack, rows: Sequence[int]) -> list[Location]:
-        """Keep these rows of a pack; one location for each.
+    def store(self, pack: schema.Pack, rows: Sequence[int], *, of: int) -> list[Location]:
+        """Keep these of a pack's `of` rows; one location for each.
 
         Raises:
             JournalError: they cannot be written now; nothing is kept of them.
@@ -213,7 +228,7 @@ class DiskJournal:
             return []
         reach("journal.store.before")
         self._rotate()
-        parts = self._parts(pack, rows)
+        parts = self._parts(pack, rows, of)
         messages = [(kept, memoryview(part).cast("B")[len(schema.MARK) :]) for kept, part, _ in parts]
         try:
             places = self._segments.append(messages)
@@ -224,7 +239,7 @@ class DiskJournal:
         for (kept, part, own), place in zip(parts, places, strict=True):
             number = self._next
             self._next += 1
-            self._pending[PACK].append((number, *place, len(own), int(kept)))
+            self._pending.pack(number, *place, len(own), int(kept))
             self._places[number] = place
             self._rows[number] = set(range(len(own)))
             if not kept:
@@ -233,24 +248,22 @@ class DiskJournal:
             found |= {row: (number, at) for at, row in enumerate(own)}
         return [found[row] for row in rows]
 
-    def _parts(self, pack: schema.Pack, rows: Sequence[int]) -> list[tuple[bool, schema.Pack, Sequence[int]]]:
+    def _parts(self, pack: schema.Pack, rows: Sequence[int], of: int) -> list[tuple[bool, schema.Pack, Sequence[int]]]:
         """What stays and what may go, each as a pack of its own; the pack itself where that is all of it."""
-        batch = schema.read(pack)
+        kinds: list[tuple[bool, Sequence[int]]] = [(self._config.keep_rollouts == "all", rows)]
         if self._config.keep_rollouts == "sample":
-            draws, every = batch.column("draw").to_pylist(), self._config.sample_every
+            draws, every = schema.read(pack).column("draw").to_pylist(), self._config.sample_every
             kinds = [(kept, [row for row in rows if (draws[row] % every == 0) == kept]) for kept in (True, False)]
-        else:
-            kinds = [(self._config.keep_rollouts == "all", list(rows))]
-        whole = list(range(batch.num_rows))
         return [
-            (kept, pack if own == whole else schema.select([(pack, row) for row in own]), own)
+            (kept, pack if list(own) == list(range(of)) else schema.select([(pack, row) for row in own]), own)
             for kept, own in kinds
             if own
         ]
 
     def _rotate(self) -> None:
         for kept in self._segments.full(self._config.segment_bytes):
-            self.flush()  # the thread that seals it knows its packs from the rows
+            self.flush()
+            self._fold()  # the thread that seals it knows its packs from the table
             self._close_segment(kept)
 
     def _close_segment(self, kept: bool) -> None:
@@ -300,8 +313,7 @@ class DiskJournal:
     def forget(self, outcome: Outcome) -> None:
         """The group's payload is needed no more; its facts are written with the next flush."""
         (number, row), place = outcome.location, self._places.get(outcome.location[0])
-        facts = [value if isinstance(value, int | str) else _ENCODE(value) for value in outcome[1:]]
-        self._pending[OUTCOME].append((number, row, *facts))
+        self._pending.outcome(outcome)
         rows = self._rows.get(number)
         if rows is None or place is None or row not in rows:
             return
@@ -331,6 +343,7 @@ class DiskJournal:
             JournalError: the disk is full, or the ledger is damaged.
         """
         path = self._directory / rollouts.NAME
+        self._fold()
         try:
             return rollouts.write(path, self._packs(live))
         except OSError as caught:
@@ -342,9 +355,13 @@ class DiskJournal:
         for outcome in live:
             alive.setdefault(outcome.location[0], []).append(outcome)
         last = -1
-        while places := self._page(last):
-            last = max(places)
-            over = self._fates(min(places), last)
+        while True:
+            with self._lock, ledger_file.in_words(self._path):
+                page = ledger_rows.page(self._open(), after=last, most=_AT_ONCE)
+                over = ledger_rows.outcomes(self._open(), min(page), max(page)) if page else {}
+            if not page:
+                return
+            places, last = {number: Place(*place) for number, place in page.items()}, max(page)
             for number, place in places.items():
                 final = over.get(number, [])  # of a group that was alive, it may be since then
                 known = {outcome.location for outcome in final}
@@ -358,24 +375,6 @@ class DiskJournal:
                     continue
                 yield pack, outcomes
 
-    def _page(self, last: int) -> dict[int, Place]:
-        select = "select pack, segment, offset, length, crc32 from packs where pack > ? order by pack limit ?"
-        with self._lock, ledger_file.in_words(self._path):
-            return {number: Place(*place) for number, *place in self._sql(select, last, _AT_ONCE)}
-
-    def _fates(self, first: int, last: int) -> dict[int, list[Outcome]]:
-        """Of the groups in these packs."""
-        select = (
-            "select pack, row, draw, attempt, state, steps, rule, verdicts, lags from outcomes "
-            "where pack between ? and ? order by pack, row"
-        )
-        found: dict[int, list[Outcome]] = {}
-        with self._lock, ledger_file.in_words(self._path):
-            for pack, row, draw, attempt, state, steps, rule, verdicts, lags in self._sql(select, first, last):
-                facts = (draw, attempt, state, tuple(json.loads(steps)), rule, json.loads(verdicts))
-                found.setdefault(pack, []).append(Outcome((pack, row), *facts, tuple(json.loads(lags))))
-        return found
-
     def close(self) -> None:
         """Write what is pending, seal the segments, and let another process open the files.
 
@@ -386,6 +385,7 @@ class DiskJournal:
             return
         try:
             self.flush()
+            self._fold()
             for kept in self._segments.open:
                 self._close_segment(kept)
             self.flush()

@@ -4,9 +4,11 @@ A *record* is plain data (str, int, float, bool, None, lists and dicts with str 
 table or a line of JSON. Applying a journal's records to a fresh ledger, in order, reproduces the ledger.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+import msgspec
 from pydantic import Field
 
 from millrace.core.config import Config
@@ -14,6 +16,20 @@ from millrace.core.schema import Pack
 
 Record = dict[str, Any]
 Location = tuple[int, int]  # (pack, row in it)
+
+_FAST, _ANY = msgspec.json.Encoder().encode, json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+def text_of(value: object) -> str:
+    """Plain data as JSON; a number in it that is not finite becomes null.
+
+    >>> text_of({"op": "late", "rows": [(3, 0)]}), text_of("half a pair: \\ud83d")
+    ('{"op":"late","rows":[[3,0]]}', '"half a pair: \\\\ud83d"')
+    """
+    try:
+        return _FAST(value).decode()
+    except UnicodeEncodeError:  # half a surrogate pair, out of a model's own JSON
+        return _ANY(value)
 
 
 class JournalConfig(Config):
@@ -81,8 +97,8 @@ class Journal(Protocol):
         """All records of earlier lives, oldest first."""
         ...
 
-    def store(self, pack: Pack, rows: Sequence[int]) -> list[Location]:
-        """Keep these rows of a pack; one location for each."""
+    def store(self, pack: Pack, rows: Sequence[int], *, of: int) -> list[Location]:
+        """Keep these of a pack's `of` rows; one location for each."""
         ...
 
     def load(self, location: Location) -> tuple[Pack, int]:
@@ -106,7 +122,7 @@ class MemoryJournal:
     """A journal that lives as long as the process. A pack is freed with the last of its rows.
 
     >>> journal = MemoryJournal()
-    >>> first, second = journal.store(b"pack", [0, 2])
+    >>> first, second = journal.store(b"pack", [0, 2], of=3)
     >>> journal.load(second)
     (b'pack', 2)
     >>> for location in (first, second):
@@ -145,7 +161,7 @@ class MemoryJournal:
     def records(self) -> Iterator[Record]:
         return iter(tuple(self._records))
 
-    def store(self, pack: Pack, rows: Sequence[int]) -> list[Location]:
+    def store(self, pack: Pack, rows: Sequence[int], *, of: int) -> list[Location]:
         segment = self._segments
         self._segments += 1
         if rows:

@@ -82,6 +82,9 @@ class JudgeRules(Transaction):
         for member, one in enumerate(verdict.verdicts):
             if one.score is not None and not isfinite(one.score):
                 return f"{verdict.id} rollout {member} has score {one.score}, which is no finite number"
+            for name, part in one.components.items():
+                if not isfinite(part):
+                    return f"{verdict.id} rollout {member} has component {name!r} = {part}, which is no finite number"
         return ""
 
     def _judge_failures(self, verdict: GroupVerdict) -> int:

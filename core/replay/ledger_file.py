@@ -6,15 +6,17 @@ import shutil
 import socket
 import sqlite3
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from isal import isal_zlib
+
 from millrace.core.errors import ConfigError, JournalError, JournalFullError, LedgerError, MillraceError
+from millrace.core.replay import ledger_rows
 
 NAME, HOLDER, LINES = "ledger.sqlite", "ledger.holder", "ledger.jsonl"
-VERSION = 1
+VERSION = 2
 
 _TABLES = """
 create table meta (key text primary key, value text not null) without rowid;
@@ -30,9 +32,6 @@ create table outcomes (
 ) without rowid;
 """
 
-RECORD = "insert into records (record, crc32) values (?, ?)"
-PACK = "insert into packs values (?, ?, ?, ?, ?, ?, ?)"
-OUTCOME = "insert or replace into outcomes values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 LIVE = """
 select pack, segment, offset, length, crc32, rows, kept from packs
 where rows > (select count(*) from outcomes where outcomes.pack = packs.pack)
@@ -122,13 +121,26 @@ def _take_lines(connection: sqlite3.Connection, directory: Path) -> None:
             json.loads(text)
         except ValueError as caught:
             raise damaged(path, f"line {number} is no JSON ({caught})") from caught
-    rows = [(text, zlib.crc32(text.encode())) for text in texts]
-    connection.executemany("insert into records (record, crc32) values (?, ?)", rows)
+    for text in texts:
+        ledger_rows.add(connection, text)
     # Each pack of that life has a record longer than one byte, so no number of it is given out again.
     connection.execute("update meta set value = ? where key = 'packs'", (str(len(whole)),))
 
 
-migrations: dict[int, Callable[[sqlite3.Connection, Path], None]] = {0: _take_lines}  # from version -> to the next
+def _one_row_per_flush(connection: sqlite3.Connection, directory: Path) -> None:
+    """Version 1 had a row for each record, and its facts in their tables with every flush."""
+    rows = connection.execute("select number, record, crc32 from records").fetchall()
+    for number, text, crc32 in rows:
+        if isal_zlib.crc32(text.encode()) != crc32:
+            raise damaged(directory / NAME, f"record {number} has another checksum than when it was written")
+        row = ledger_rows.of_records(text)
+        values = (row, isal_zlib.crc32(row.encode()), number)
+        connection.execute("update records set record = ?, crc32 = ? where number = ?", values)
+    connection.execute(ledger_rows.FOLDED)
+
+
+# From a version to the next.
+migrations: dict[int, Callable[[sqlite3.Connection, Path], None]] = {0: _take_lines, 1: _one_row_per_flush}
 
 
 def _refuse_lost(directory: Path) -> None:
@@ -167,14 +179,19 @@ def in_words(path: Path, *, bytes_needed: int = 4096) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as caught:
-        code = getattr(caught, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_BUSY:
-            raise _held(path.parent) from caught
-        if code in _DAMAGED:
-            raise damaged(path, str(caught)) from caught
-        if code in _FULL or isinstance(caught, sqlite3.OperationalError):
-            raise unwritable(path, caught, bytes_needed) from caught
-        raise damaged(path, f"{type(caught).__name__}: {caught}") from caught
+        raise in_words_of(path, caught, bytes_needed) from caught
+
+
+def in_words_of(path: Path, caught: sqlite3.Error, bytes_needed: int) -> MillraceError:
+    """What to raise in its place."""
+    code = getattr(caught, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_BUSY:
+        return _held(path.parent)
+    if code in _DAMAGED:
+        return damaged(path, str(caught))
+    if code in _FULL or isinstance(caught, sqlite3.OperationalError):
+        return unwritable(path, caught, bytes_needed)
+    return damaged(path, f"{type(caught).__name__}: {caught}")
 
 
 def damaged(path: Path, why: str) -> JournalError:

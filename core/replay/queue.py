@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from typing import TypeVar
 
 from millrace.core.errors import JournalError, JournalFullError, PayloadError
@@ -31,7 +32,7 @@ from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.draw_table import add_lengths
 from millrace.core.replay.draws import Entry
 from millrace.core.replay.image import image
-from millrace.core.replay.journal import Journal, Location, MemoryJournal
+from millrace.core.replay.journal import Journal, MemoryJournal
 from millrace.core.replay.ledger import Ledger
 from millrace.core.replay.stall import Scene, report
 from millrace.core.replay.waiters import Answers, IdleClock, Room, Waiters
@@ -164,11 +165,12 @@ class ReplayQueue:
     async def put_groups(self, worker: WorkerId, *, epoch: int, pack: Pack, request: str) -> Sequence[Receipt]:
         self._begin("put_groups")
 
-        def store(rows: Sequence[int]) -> list[Location]:
-            return self._room.found(lambda: self._journal.store(pack, rows))
-
         def put() -> list[Receipt]:
-            return self._ledger.put_groups(worker, epoch=epoch, headers=headers(pack), store=store)
+            found = headers(pack)
+            store = partial(self._journal.store, pack, of=len(found))
+            return self._ledger.put_groups(
+                worker, epoch=epoch, headers=found, store=lambda rows: self._room.found(lambda: store(rows))
+            )
 
         receipts = self._answers.once(worker, epoch, request, put)
         self._changed(self._groups, self._draws, self._batches)
@@ -351,8 +353,7 @@ class ReplayQueue:
 
     def _changed(self, *waiters: Waiters) -> None:
         """Make it durable, with the facts of what nobody needs any more; wake who may go on."""
-        released = self._ledger.state.released
-        for outcome in released:
+        for outcome in (released := self._ledger.state.released):
             self._journal.forget(outcome)
         released.clear()
         self._room.found(self._journal.flush)

@@ -6,13 +6,13 @@ of the folder leave out names that begin with an underscore.
 """
 
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+from isal import isal_zlib
 
 from millrace.core.failpoint import armed, reach
 from millrace.core.schema import MARK, SCHEMA
@@ -82,6 +82,7 @@ class Segments:
         self.folder = folder
         self._next = first
         self._open: dict[bool, Segment] = {}
+        self.paths: tuple[Path, ...] = ()  # of those that are written to
 
     def append(self, messages: Sequence[tuple[bool, memoryview]]) -> list[Place]:
         """Write these messages, each to the segment of its kind (kept or not). All or none.
@@ -96,7 +97,7 @@ class Segments:
                 segment = self._segment(kept)
                 before.setdefault(kept, segment.end)
                 _write(segment, message)
-                places.append(Place(segment.number, segment.end, len(message), zlib.crc32(message)))
+                places.append(Place(segment.number, segment.end, len(message), isal_zlib.crc32(message)))
                 segment.end += len(message)
         except OSError:
             for kept, end in before.items():
@@ -118,6 +119,7 @@ class Segments:
                 raise
             segment.end = len(HEAD)
             self._open[kept] = segment
+            self._listed()
         return self._open[kept]
 
     def _cut(self, kept: bool, end: int) -> None:
@@ -132,8 +134,12 @@ class Segments:
     def close(self, kept: bool) -> Segment:
         """Write no more to it. Sealing it is left."""
         segment = self._open.pop(kept)
+        self._listed()
         os.close(segment.fd)
         return segment
+
+    def _listed(self) -> None:
+        self.paths = tuple(segment.path for segment in self._open.values())
 
     def leave(self, number: int) -> None:
         """Write no more to this one, if it is written to: it does not give back what it was given."""
@@ -168,7 +174,7 @@ class Segments:
             message = _read(self.path(place.segment), place)
         if len(message) < place.length:
             raise ValueError(f"it ends after {len(message)} of {place.length} bytes at offset {place.offset}")
-        if zlib.crc32(message) != place.crc32:
+        if isal_zlib.crc32(message) != place.crc32:
             raise ValueError(f"{place.length} bytes at offset {place.offset} have another checksum than when written")
         return MARK + message
 
@@ -251,7 +257,7 @@ def _footer(path: Path, end: int, known: Sequence[Place]) -> bytes:
         if whole[: len(HEAD)].to_pybytes() != HEAD:
             raise ValueError("it does not begin with this version's schema")
         for place in known:  # a broken batch could crash the writer
-            if zlib.crc32(whole[place.offset : place.offset + place.length]) != place.crc32:
+            if isal_zlib.crc32(whole[place.offset : place.offset + place.length]) != place.crc32:
                 raise ValueError(f"its pack at offset {place.offset} has another checksum than when written")
         tail = Tail(end)
         with pa.ipc.new_file(pa.PythonFile(tail, mode="w"), SCHEMA) as writer:

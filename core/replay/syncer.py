@@ -1,39 +1,40 @@
 """The thread that makes a journal survive a loss of power, and seals its full segments."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Condition, Thread
 
-from millrace.core.replay.segments import Place, seal
+from millrace.core.replay.segments import Place, Segments, seal
 
 
 class Syncer:
-    """Consumes: paths that were written to, full segments. Waits for: either. Nobody waits for it, except at the end.
+    """Consumes: word that something was written, full segments. Waits for: either. Nobody waits for it but the end.
 
     Payloads before the rows that name them: a row that outlives its payload is found by its checksum.
     """
 
-    def __init__(self, ledger: Path, every_s: float, damage: list[str]) -> None:
+    def __init__(self, ledger: Path, segments: Segments, every_s: float, damage: list[str]) -> None:
         """Args: ledger: its SQLite file; every_s: pause between two writes; damage: takes what fails, a line each."""
+        self._segments = segments
         self._log = ledger.with_name(f"{ledger.name}-wal")
         self._every_s = every_s
         self._damage = damage
         self._change = Condition()
-        self._dirty: set[Path] = set()
+        self._dirty = False
         self._full: list[tuple[Path, Sequence[Place]]] = []
         self._sealing: Path | None = None
         self._ended = False
         self._thread = Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def dirty(self, paths: Iterable[Path]) -> None:
-        """These were written to, and so was the ledger."""
+    def dirty(self) -> None:
+        """The ledger was written to, and segments were that are open now."""
+        if self._dirty:  # taken back before what it stands for is made safe: nothing written until here is left out
+            return
         with self._change:
-            idle = not self._dirty
-            self._dirty |= {self._log, *paths}
-            if idle:
-                self._change.notify()
+            self._dirty = True
+            self._change.notify()
 
     def write_log(self) -> None:
         """Return when the rows written so far would survive a loss of power."""
@@ -72,10 +73,10 @@ class Syncer:
             with self._change:
                 self._change.wait_for(lambda: self._dirty or self._full or self._ended)
                 ended, dirty = self._ended, self._dirty
-                self._dirty = set()
+                self._dirty = False
             while (segment := self._next()) is not None:
                 self._attempt(*segment)
-            for path in sorted(dirty, key=lambda path: path == self._log):
+            for path in (*self._segments.paths, self._log) if dirty else ():
                 self._attempt(path, None)
             if not ended:
                 with self._change:

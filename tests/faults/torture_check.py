@@ -138,8 +138,7 @@ class Left:
     @classmethod
     def of(cls, plan: Plan, root: Path) -> "Left":
         with sqlite3.connect(f"file:{root / 'ledger.sqlite'}?mode=ro", uri=True) as file:
-            history = [json.loads(row[0]) for row in file.execute("select record from history order by number")]
-            records = [json.loads(row[0]) for row in file.execute("select record from records order by number")]
+            history, records = _records(file, "history"), _records(file, "records")
             outcomes = file.execute("select draw, attempt, state, steps from outcomes").fetchall()
             idle = "select segment from packs group by segment having not max(kept) and sum(rows) = (select count(*) "
             idle += "from outcomes join packs as own using (pack) where own.segment = packs.segment)"
@@ -169,6 +168,11 @@ def hold(plan: Plan, root: Path, clean: Path, *, lost: int) -> None:
     ages_are_bounded(left)
     if clean != root:
         as_without_faults(left, clean)
+
+
+def _records(file: sqlite3.Connection, table: str) -> list[dict[str, Any]]:
+    rows = [json.loads(text) for (text,) in file.execute(f"select record from {table} order by number")]
+    return [record for row in rows for record in row["records"]]
 
 
 def nothing_is_lost(left: Left) -> None:

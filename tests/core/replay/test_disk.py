@@ -8,6 +8,8 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
+from contextlib import closing
 from pathlib import Path
 from threading import Timer
 
@@ -68,7 +70,7 @@ def test_nothing_is_opened_before_the_records_are_read(tmp_path: Path) -> None:
 
 def test_records_and_payloads_come_back_in_order(tmp_path: Path) -> None:
     own = journal(tmp_path)
-    locations = own.store(pack_of(5, 6), [0, 1])
+    locations = own.store(pack_of(5, 6), [0, 1], of=2)
     for number in range(3):
         own.append({"op": "x", "number": number, "at": [list(each) for each in locations]})
     own.flush()
@@ -80,10 +82,10 @@ def test_records_and_payloads_come_back_in_order(tmp_path: Path) -> None:
 
 def test_what_was_not_flushed_is_not_there(tmp_path: Path) -> None:
     own = journal(tmp_path)
-    first = own.store(pack_of(1), [0])
+    first = own.store(pack_of(1), [0], of=1)
     own.append({"op": "x"})
     own.flush()
-    second = own.store(pack_of(2), [0])
+    second = own.store(pack_of(2), [0], of=1)
     own.append({"op": "y"})
     other = journal(as_killed(tmp_path))
     assert other.before == [{"op": "x"}] and other.holds(first[0]) and not other.holds(second[0])
@@ -94,8 +96,8 @@ def test_what_was_not_flushed_is_not_there(tmp_path: Path) -> None:
 
 def test_only_accepted_rows_are_kept(tmp_path: Path) -> None:
     own = journal(tmp_path)
-    locations = own.store(pack_of(5, 6, 7), [0, 2])
-    assert own.store(pack_of(8), []) == []
+    locations = own.store(pack_of(5, 6, 7), [0, 2], of=3)
+    assert own.store(pack_of(8), [], of=1) == []
     assert draws_of(own, locations) == [5, 7]
     own.close()
     assert readable(own) == [5, 7]
@@ -104,7 +106,7 @@ def test_only_accepted_rows_are_kept(tmp_path: Path) -> None:
 def test_any_arrow_reader_opens_the_segments_and_what_is_written_to_is_left_out(tmp_path: Path) -> None:
     own = journal(tmp_path, segment_bytes=1 << 13)
     for draw in range(20):
-        own.store(pack_of(draw, tokens=100), [0])
+        own.store(pack_of(draw, tokens=100), [0], of=1)
         own.flush()
     during = readable(own)
     assert during == list(range(len(during))) and len(during) < 20
@@ -117,7 +119,7 @@ def test_any_arrow_reader_opens_the_segments_and_what_is_written_to_is_left_out(
 
 def test_sealing_moves_no_offset(tmp_path: Path) -> None:
     own = journal(tmp_path)
-    locations = [own.store(pack_of(draw), [0])[0] for draw in range(5)]
+    locations = [own.store(pack_of(draw), [0], of=1)[0] for draw in range(5)]
     own.close()
     other = journal(tmp_path, cache_bytes=0)
     assert all(other.holds(each) for each in locations) and draws_of(other, locations) == list(range(5))
@@ -126,7 +128,7 @@ def test_sealing_moves_no_offset(tmp_path: Path) -> None:
 def test_the_cache_is_bounded_and_what_left_it_is_read_from_the_file(tmp_path: Path) -> None:
     pack = pack_of(0, tokens=100)
     own = journal(tmp_path, cache_bytes=3 * len(pack))
-    locations = [own.store(pack_of(draw, tokens=100), [0])[0] for draw in range(10)]
+    locations = [own.store(pack_of(draw, tokens=100), [0], of=1)[0] for draw in range(10)]
     assert own._cached_bytes <= 3 * len(pack) and len(own._cache) == 3
     assert draws_of(own, locations) == list(range(10)) and own._cached_bytes <= 3 * len(pack)
 
@@ -201,7 +203,7 @@ def test_a_closed_journal_says_so(tmp_path: Path) -> None:
 def fill(own: DiskJournal, count: int = 24) -> list[tuple[int, int]]:
     locations = []
     for draw in range(count):
-        locations += own.store(pack_of(draw, tokens=100), [0])
+        locations += own.store(pack_of(draw, tokens=100), [0], of=1)
         own.flush()
     return locations
 
@@ -242,12 +244,12 @@ def test_needed_keeps_a_segment_until_its_last_row_is_forgotten(tmp_path: Path) 
     other.close()
     assert segments(tmp_path.with_name(f"{tmp_path.name}-after")) == 0
     third = journal(tmp_path.with_name(f"{tmp_path.name}-after"))
-    assert third.store(pack_of(99), [0])[0][0] > locations[-1][0], "a number of a deleted pack came back"
+    assert third.store(pack_of(99), [0], of=1)[0][0] > locations[-1][0], "a number of a deleted pack came back"
 
 
 def test_sample_keeps_every_kth_draw_for_good(tmp_path: Path) -> None:
     own = journal(tmp_path, segment_bytes=1 << 13, keep_rollouts="sample", sample_every=8)
-    locations = [*own.store(pack_of(7, 8, 9), [0, 1, 2]), *fill(own, 7)]
+    locations = [*own.store(pack_of(7, 8, 9), [0, 1, 2], of=3), *fill(own, 7)]
     assert draws_of(own, locations) == [7, 8, 9, 0, 1, 2, 3, 4, 5, 6]
     for draw, location in zip([7, 8, 9, *range(7)], locations, strict=True):
         own.forget(outcome(location, draw))
@@ -315,6 +317,88 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
         journal(tmp_path)
 
 
+def records_in(connection: sqlite3.Connection) -> list[dict]:
+    rows = [json.loads(text) for (text,) in connection.execute("select record from records order by number")]
+    return [record for row in rows for record in row["records"]]
+
+
+def test_a_run_of_version_1_goes_on(tmp_path: Path) -> None:
+    """A row for each record, every fact in its table: nothing is drawn again."""
+
+    async def main() -> None:
+        old = Life(tmp_path / "run")
+        await old.begin()
+        await old.one_step()
+        await old.commit()
+        await old.generate()
+        status = await old.queue.status()
+        await old.queue.close()
+        file = sqlite3.connect(tmp_path / "run" / "ledger.sqlite")
+        texts = [json.dumps(record) for record in records_in(file)]
+        file.execute("delete from records")
+        rows = [(text, zlib.crc32(text.encode())) for text in texts]
+        file.executemany("insert into records (record, crc32) values (?, ?)", rows)
+        file.execute("delete from meta where key = 'folded'")
+        file.execute("update meta set value = '1' where key = 'version'")
+        file.commit()
+        file.close()
+        new = Life(tmp_path / "run")
+        assert (await new.queue.status()).states == status.states
+        new.generated = old.generated
+        await new.begin()
+        while new.step < 4:
+            await new.one_step()
+        await new.commit()
+        after = await new.queue.status()
+        assert after.states["committed"] == 8 and after.tokens["unaccounted"] == 0
+        assert "failed:lost" not in after.tokens and not new.journal.damage
+        await new.queue.close()
+
+    asyncio.run(main())
+
+
+def test_a_damaged_row_of_version_1_is_named(tmp_path: Path) -> None:
+    journal(tmp_path).close()
+    file = sqlite3.connect(tmp_path / "ledger.sqlite")
+    file.execute('insert into records (record, crc32) values (\'{"op":"x"}\', 7)')
+    file.execute("update meta set value = '1' where key = 'version'")
+    file.commit()
+    file.close()
+    with pytest.raises(JournalError, match=r"ledger\.sqlite is damaged: record 1 has another checksum"):
+        journal(tmp_path)
+
+
+def test_facts_of_rows_that_are_not_folded_are_read_from_them(tmp_path: Path) -> None:
+    own = journal(tmp_path)
+    locations = own.store(pack_of(1, 2), [0, 1], of=2)
+    own.forget(outcome(locations[0], 1))
+    own.flush()
+    assert not own._connection.execute("select count(*) from packs").fetchone()[0], "they are folded already"
+    other = journal(as_killed(tmp_path))
+    assert [other.holds(each) for each in locations] == [False, True] and not other.damage
+    assert other.export([outcome(locations[1], 2)]) == 4  # two rollouts each
+    other.close()
+    own.close()
+    third = journal(tmp_path)
+    assert [third.holds(each) for each in locations] == [False, True] and not third.damage
+
+
+def test_facts_are_folded_once(tmp_path: Path) -> None:
+    """Rows of deleted segments do not come back, and what is folded is not folded again."""
+    own = journal(tmp_path, segment_bytes=1 << 12, keep_rollouts="needed")
+    for draw, location in enumerate(fill(own, 40)):
+        own.forget(outcome(location, draw))
+    own.flush()
+    gone = {each for (each,) in own._connection.execute("select segment from packs")}
+    own.append({"op": "x"})
+    own.flush()
+    copy = as_killed(tmp_path)
+    own.close()
+    other = journal(copy, keep_rollouts="needed")
+    assert not other.damage
+    assert {each for (each,) in other._connection.execute("select segment from packs")} <= gone | {max(gone) + 1}
+
+
 def test_a_run_of_version_0_goes_on(tmp_path: Path) -> None:
     """Lines of JSON and no payloads, the last line torn: what was committed stays, the rest is drawn again."""
 
@@ -324,7 +408,7 @@ def test_a_run_of_version_0_goes_on(tmp_path: Path) -> None:
         await old.one_step()
         await old.commit()
         await old.generate()
-        records = [row[0] for row in old.journal._connection.execute("select record from records order by number")]
+        records = [json.dumps(record) for record in records_in(old.journal._connection)]
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "ledger.jsonl").write_text("\n".join([*records, '{"op":"comm']))
         new = Life(tmp_path / "run")
@@ -336,9 +420,10 @@ def test_a_run_of_version_0_goes_on(tmp_path: Path) -> None:
         status = await new.queue.status()
         assert status.states["committed"] == 8 and status.tokens["failed:lost"] > 0
         assert status.tokens["unaccounted"] == 0
-        size = sum(len(record) + 1 for record in records)
-        assert min(each for (each,) in new.journal._connection.execute("select pack from packs")) > size
         await new.queue.close()
+        size = sum(len(record) + 1 for record in records)
+        with closing(sqlite3.connect(tmp_path / "run" / "ledger.sqlite")) as file:
+            assert file.execute("select min(pack) from packs").fetchone()[0] > size
         assert len(list(DiskJournal(tmp_path / "run", JournalConfig()).records())) > len(records)
 
     asyncio.run(main())
@@ -385,7 +470,7 @@ def test_a_file_that_nobody_needs_goes_before_its_rows_and_rows_without_it_are_n
     other.close()
     assert segments(copies[0]) == 0
     third = journal(copies[0])
-    assert not third.damage and third.store(pack_of(99), [0])[0][0] > locations[-1][0]
+    assert not third.damage and third.store(pack_of(99), [0], of=1)[0][0] > locations[-1][0]
 
 
 def test_a_segment_that_goes_while_it_waits_to_be_sealed_is_no_damage(tmp_path: Path) -> None:

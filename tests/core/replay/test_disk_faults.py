@@ -52,15 +52,15 @@ def test_a_payload_that_finds_no_room_leaves_nothing_and_is_taken_when_there_is_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     own = journal(tmp_path)
-    (first,) = own.store(pack_of(1), [0])
+    (first,) = own.store(pack_of(1), [0], of=1)
     make_room = full_after(monkeypatch, room)
     with pytest.raises(JournalError, match=r"rollouts cannot be written: .*No space left.* bytes are needed, \d+ are"):
         for _ in range(2):
-            own.store(pack_of(2, 3), [0, 1])
+            own.store(pack_of(2, 3), [0, 1], of=2)
     own.append({"op": "x"})
     own.flush()
     make_room()
-    later = own.store(pack_of(2, 3), [0, 1])
+    later = own.store(pack_of(2, 3), [0, 1], of=2)
     own.flush()
     copy = journal(as_killed(tmp_path), cache_bytes=0)
     assert draws_of(copy, [first, *later])[-2:] == [2, 3] and not copy.damage
@@ -72,13 +72,13 @@ def test_a_pack_that_is_split_over_two_files_is_in_both_or_in_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = journal(tmp_path, keep_rollouts="sample", sample_every=2)
-    first = own.store(pack_of(0, 1), [0, 1])
+    first = own.store(pack_of(0, 1), [0, 1], of=2)
     size = len(pack_of(2)) - 8
     make_room = full_after(monkeypatch, size + size // 2)
     with pytest.raises(JournalError):
-        own.store(pack_of(2, 3), [0, 1])
+        own.store(pack_of(2, 3), [0, 1], of=2)
     make_room()
-    later = own.store(pack_of(4, 5), [0, 1])
+    later = own.store(pack_of(4, 5), [0, 1], of=2)
     own.flush()
     own.close()
     assert sorted(readable(own)) == [0, 1, 4, 5]
@@ -89,10 +89,10 @@ def test_a_first_payload_that_finds_no_room_leaves_no_file(tmp_path: Path, monke
     own = journal(tmp_path)
     make_room = full_after(monkeypatch, 40)
     with pytest.raises(JournalError):
-        own.store(pack_of(1), [0])
+        own.store(pack_of(1), [0], of=1)
     assert not list((tmp_path / "rollouts").iterdir())
     make_room()
-    assert draws_of(own, own.store(pack_of(1), [0])) == [1]
+    assert draws_of(own, own.store(pack_of(1), [0], of=1)) == [1]
 
 
 def test_a_segment_that_cannot_be_cut_is_given_up_and_repaired_later(
@@ -102,14 +102,14 @@ def test_a_segment_that_cannot_be_cut_is_given_up_and_repaired_later(
         raise OSError(errno.EIO, "Input/output error")
 
     own = journal(tmp_path)
-    first = own.store(pack_of(1), [0])
+    first = own.store(pack_of(1), [0], of=1)
     with monkeypatch.context() as patch:
         make_room = full_after(patch, 100)
         patch.setattr(segments.os, "ftruncate", broken)
         with pytest.raises(JournalError):
-            own.store(pack_of(2), [0])
+            own.store(pack_of(2), [0], of=1)
         make_room()
-    second = own.store(pack_of(3), [0])
+    second = own.store(pack_of(3), [0], of=1)
     own.flush()
     other = journal(as_killed(tmp_path), cache_bytes=0)
     assert draws_of(other, first + second) == [1, 3] and not other.damage
@@ -182,7 +182,7 @@ def test_a_really_full_disk(small_disk: Path, filler: str) -> None:
     with pytest.raises(JournalError, match=r"cannot be written.*\d+ are free in .*make room") as caught:
         for number in range(3000):
             if filler == "payloads":
-                (location,) = own.store(pack_of(number, tokens=500), [0])
+                (location,) = own.store(pack_of(number, tokens=500), [0], of=1)
                 kept.append(location)
             own.append({"op": "x" * (1 if filler == "payloads" else 3000), "number": number})
             own.flush()
@@ -215,7 +215,7 @@ def flip(path: Path, offset: int) -> None:
 
 def test_a_torn_tail_is_cut_off(tmp_path: Path) -> None:
     own = journal(tmp_path)
-    first = own.store(pack_of(1), [0])
+    first = own.store(pack_of(1), [0], of=1)
     own.flush()
     copy = as_killed(tmp_path)
     with segment(copy).open("ab") as file:
@@ -365,12 +365,12 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_strange_files_among_the_segments_do_no_harm(tmp_path: Path) -> None:
     own = journal(tmp_path)
-    first = own.store(pack_of(1), [0])
+    first = own.store(pack_of(1), [0], of=1)
     own.close()
     for name in ("notes.txt", "x.arrow", "_.arrow", "000009.arrow", "_000011.arrow"):
         (tmp_path / "rollouts" / name).write_text("hello")
     other = journal(tmp_path, cache_bytes=0)
     assert draws_of(other, first) == [1]
     assert any("000009.arrow" in line and "does not know" in line for line in other.damage)
-    assert draws_of(other, other.store(pack_of(2), [0])) == [2]
+    assert draws_of(other, other.store(pack_of(2), [0], of=1)) == [2]
     assert isinstance(other, DiskJournal)

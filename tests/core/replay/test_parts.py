@@ -140,8 +140,8 @@ def outcome(location):
 
 def test_a_pack_is_freed_with_its_last_row():
     journal = MemoryJournal()
-    a, b = journal.store(b"12345678", [1, 3])
-    assert journal.store(b"empty", []) == []
+    a, b = journal.store(b"12345678", [1, 3], of=4)
+    assert journal.store(b"empty", [], of=0) == []
     journal.forget(outcome(a))
     journal.forget(outcome(a))
     assert journal.load(b) == (b"12345678", 3) and journal.bytes == 8
