@@ -106,24 +106,24 @@ class Run:
                 await asyncio.wait_for(self._line.queue.close(), SOON_S)
 
     async def _wired(self, line: Line, record: Recorder) -> Mapping[str, Any]:
-        config = self._plan.config
-        rollouts = RolloutLog(config.directory, partial(load_tokenizer, config.model))
-        self._history = History(record, rollouts, say=self._say)
-        status = await self._status()
-        await self._history.tell_damage(line.queue)
-        if self._resume:
-            self._history.look_back(status)
-            self._generated, self._version = status.tokens.get("generated", 0), status.newest_version
+        directory = self._plan.config.directory
+        samples = RolloutLog(directory, partial(load_tokenizer, self._plan.config.model))
+        self._history = History(record, samples, say=self._say)
+        if self._resume:  # before anybody makes new versions
+            before = await self._status()
+            self._history.look_back(before)
+            self._generated, self._version = before.tokens.get("generated", 0), before.newest_version
         supervisor = self._supervisor = self._supervised(line, record)
-        if earlier := incidents.incidents(incidents.read(config.directory / EVENTS)):
-            supervisor.incidents, supervisor.incident = len(earlier), str(earlier[-1])
-        tasks = supervisor.start(later=self._later())
+        supervisor.remember(incidents.incidents(incidents.read(directory / EVENTS)))
+        tasks = supervisor.start(later=self._later())  # they wait for the queue themselves, once they have loaded
         if self._stopped_at is not None:
             self._tell_learner_to_stop()
         self._say("starting the learner, the engines and the judges")
-        kind = "resumed" if self._resume else "started"
-        record.event(kind, step=status.committed_step, components=sorted(supervisor.names))
         try:
+            status = await self._status()
+            await self._history.tell_damage(line.queue)
+            facts = {"step": status.committed_step, "components": sorted(supervisor.names)}
+            record.event("resumed" if self._resume else "started", **facts)
             await self._watch(tasks, record)
             await self._end(tasks, record)
         finally:

@@ -68,8 +68,8 @@ def wire(plan: Plan, spawn: Spawn) -> Line:
     journal = DiskJournal(directory, run.journal) if run.journal.on_disk else None
     queue = spawn(ReplayQueue, plan.loop, source, seed=run.seed, journal=journal, name="queue", home=True, lasting=True)
     makers = {
+        **_generation(plan, spawn, queue, NodeStore(store)),  # first: an engine takes longest to load
         "learner": _learner(plan, spawn, queue, NodeStore(store)),
-        **_generation(plan, spawn, queue, NodeStore(store)),
         **_rewards(plan, spawn, queue, words),
     }
     if plan.held_out:

@@ -130,6 +130,11 @@ class Supervisor:
         lives |= {name: self._attend(each) for name, each in self._lasting.items()}
         return {name: asyncio.ensure_future(life) for name, life in lives.items()}
 
+    def remember(self, incidents: Sequence[object]) -> None:
+        """Those of earlier incarnations of the run, oldest first."""
+        if incidents:
+            self.incidents, self.incident = len(incidents), str(incidents[-1])
+
     def start_later(self) -> None:
         """Make what waits for it now."""
         self._later.set()
