@@ -1,6 +1,6 @@
 """What must hold in the small world after every action, by what the world itself remembers."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from millrace.core.replay.config import QueueConfig
@@ -8,6 +8,8 @@ from millrace.core.replay.draws import LIVE, OPEN, State
 from millrace.core.replay.ledger import Ledger
 from millrace.core.types import GroupId
 from tests.core.replay.cast import Budget, Engine
+
+_COUNTED = (*LIVE, State.WAITING, State.TRAINED)
 
 
 class Oracle:
@@ -61,18 +63,7 @@ class Oracle:
 
     def check(self) -> None:
         state, config = self.ledger.state, self.config
-        counts = Counter(draw.state for draw in state.draws.values())
-        for name in (*LIVE, State.WAITING, State.TRAINED):
-            assert counts[name] == state.counts[name], f"{counts[name]} draws are {name}, {state.counts[name]} counted"
-        assert sum(state.counts.values()) == state.next_draw, "a draw is in no state, or in two"
-        assert all(count >= 0 for count in state.counts.values())
-        assert sorted(state.waiting) == sorted(i for i, d in state.draws.items() if d.state is State.WAITING)
-        assert set(state.generated) == {i for i, d in state.draws.items() if d.state is State.GENERATED}
-        assert set(state.scored) == {i for i, d in state.draws.items() if d.state is State.SCORED}
-        assert set(state.leases.held) == {i for i, d in state.draws.items() if d.state is State.LEASED}
-        assert set(state.judgings.held) == {i for i, d in state.draws.items() if d.state is State.JUDGING}
-        assert state.due == Counter(d.deadline for d in state.draws.values() if d.state in OPEN)
-        assert state.ready == Counter(d.deadline for d in state.draws.values() if d.state is State.SCORED)
+        self._check_draws()
         self._check_history()
         size = config.groups_per_step
         assert sum(state.lags.values()) == size * config.group_size * state.step
@@ -87,6 +78,28 @@ class Oracle:
             forked = self.forked or "stale:wait" not in state.books.rows
             assert forked, "the rule `wait` gave a group up though history never forked"
         self._check_books()
+
+    def _check_draws(self) -> None:
+        """Every count, queue and lease says what the draws say."""
+        state, due, ready = self.ledger.state, {}, {}
+        found: defaultdict[State, list[int]] = defaultdict(list)
+        for index, draw in state.draws.items():
+            found[draw.state].append(index)
+            if draw.state in OPEN:
+                due[draw.deadline] = due.get(draw.deadline, 0) + 1
+                if draw.state is State.SCORED:
+                    ready[draw.deadline] = ready.get(draw.deadline, 0) + 1
+        for name in _COUNTED:
+            many = len(found[name])
+            assert many == state.counts[name], f"{many} draws are {name}, {state.counts[name]} counted"
+        assert sum(state.counts.values()) == state.next_draw, "a draw is in no state, or in two"
+        assert min(state.counts.values()) >= 0
+        assert sorted(state.waiting) == sorted(found[State.WAITING])
+        assert state.generated.keys() == set(found[State.GENERATED])
+        assert state.scored.keys() == set(found[State.SCORED])
+        assert state.leases.held.keys() == set(found[State.LEASED])
+        assert state.judgings.held.keys() == set(found[State.JUDGING])
+        assert state.due == due and state.ready == ready
 
     def _check_history(self) -> None:
         """Every use once, each in a batch of its own, and the pointer moves with the draws."""
