@@ -45,9 +45,9 @@ def explore(make: Callable[[], World], *, limit: int, visits: float = inf) -> Ex
         if origin.done():
             finished.append(number)
         actions = origin.actions()
-        for left, action in zip(range(len(actions) - 1, -1, -1), actions, strict=True):
+        for i, action in enumerate(actions):
             try:
-                world = origin.after(action, last=not left)
+                world = origin.after(action, last=i == len(actions) - 1)
             except Exception as caught:
                 raise AssertionError(
                     f"{type(caught).__name__}: {caught}\n{trace(parents, number)} then {action}"

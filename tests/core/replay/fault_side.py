@@ -1,7 +1,6 @@
 """What fails in the small world besides its learner: engines, judges, and the queue's own process."""
 
 from contextlib import suppress
-from typing import Self
 
 from millrace.core.protocols import Role
 from millrace.core.replay.draws import State
@@ -109,37 +108,29 @@ class FaultSide(LearnerSide):
             return False
         return (draw.attempt, draw.epoch) == (hand.id.attempt, hand.epoch) and draw.location is not None
 
-    def _do_queue_crash(self, *call: object) -> bool:
-        if (world := self.crashed(*call)) is None:
-            self.budget.queue_crash -= 1
-            return False
-        self.__dict__.update(world.__dict__)
-        return True
-
-    def crashed(self, point: str, name: str, *args: object) -> Self | None:
+    def _do_queue_crash(self, point: str, name: str, *args: object) -> bool:
         """The queue's process dies within a call and comes back from its disk; the caller repeats the call.
 
-        This world stays as it is. None: it did not die, or nothing came of it.
+        What this world held before is left as it is: `after` gives it a world that shares everything with another.
         """
+        self.budget = self.budget.copy()
+        self.budget.queue_crash -= 1
         twin = self.copy()
-        twin.budget.queue_crash -= 1
         twin.disk.trap = point
         with suppress(QueueDied):
             getattr(twin, f"_do_{name}")(*args)
-            return None
+            return False
         survives = twin if point in ("answer", "torn") else self
-        world = self.copy_of_callers()
-        world.budget.queue_crash -= 1
-        world.witness = survives.witness.copy()
-        world.witness.disk = twin.disk
-        world.restart_queue(self.disk.records)
-        expected = survives.ledger.state
+        known, expected = self.disk.records, survives.ledger.state
+        self.__dict__.update(self.copy_of_callers().__dict__)
+        self.witness = survives.witness.copy()
+        self.witness.disk = twin.disk
+        self._restart_queue(known)
         if point != "torn":
-            assert world.ledger.state == expected, f"the ledger came back different from {name} interrupted at {point}"
-        effect = getattr(world, f"_do_{name}")(*args) is not False or point in ("answer", "torn")
-        return world if effect else None
+            assert self.ledger.state == expected, f"the ledger came back different from {name} interrupted at {point}"
+        return getattr(self, f"_do_{name}")(*args) is not False or point in ("answer", "torn")
 
-    def restart_queue(self, known: tuple[str, ...]) -> None:
+    def _restart_queue(self, known: tuple[str, ...]) -> None:
         """As ReplayQueue begins: the records, then the payloads they need.
 
         Args:

@@ -1,6 +1,7 @@
 """A small world around the production ledger: engines, judges and a learner that crash, repeat and come late."""
 
 from collections import Counter
+from copy import copy
 from math import ceil
 from typing import Self
 
@@ -146,13 +147,11 @@ class World(FaultSide):
         Args:
             last: this world is needed no more, and may be the one that goes on.
         """
-        if action[0] != "queue_crash":
-            world = self if last else self.copy()
-            return world if world.do(action) else None
-        if (world := self.crashed(*action[1:])) is not None:  # which copies what it needs
-            world.ledger.state.released.clear()
-            world.check()
-        return world
+        if last:
+            world = self
+        else:
+            world = copy(self) if action[0] == "queue_crash" else self.copy()  # that copies what it needs by itself
+        return world if world.do(action) else None
 
     def done(self) -> bool:
         return self.ledger.finished and self.committed == self.config.steps
