@@ -1,6 +1,7 @@
 """What must hold in the small world after every action, by what the world itself remembers."""
 
 from collections import Counter, defaultdict
+from operator import attrgetter
 from typing import Any
 
 from millrace.core.replay.config import QueueConfig
@@ -10,6 +11,20 @@ from millrace.core.types import GroupId
 from tests.core.replay.cast import Budget, Engine
 
 _COUNTED = (*LIVE, State.WAITING, State.TRAINED)
+_DRAW = (
+    "index",
+    "state",
+    "attempt",
+    "failures",
+    "crashes",
+    "requeues",
+    "epoch",
+    "min_version",
+    "deadline",
+    "variation",
+)
+_DRAW += ("judge_crashes", "judge_failures", "judge_expiries", "shunned", "rule")
+_of_draw, _of_budget = attrgetter(*_DRAW), attrgetter(*Budget.__slots__)
 
 
 class Oracle:
@@ -161,48 +176,32 @@ class Oracle:
         """What the future depends on; equal keys need only be explored once."""
         state = self.ledger.state
         draws = tuple(
-            (
-                d.index,
-                d.state,
-                d.attempt,
-                d.failures,
-                d.crashes,
-                d.requeues,
-                d.epoch,
-                d.min_version,
-                d.deadline,
-                str(d.runs),
-            )
-            for d in state.draws.values()
-        )
-        details = tuple(
-            (
-                d.variation,
-                d.judge_crashes,
-                tuple(d.steps),
-                d.judge_failures,
-                d.judge_expiries,
-                d.shunned,
-                d.rule,
-                max(0.0, d.shun_until - self.now),
-            )
-            for d in state.draws.values()
+            (*_of_draw(d), str(d.runs), tuple(d.steps), max(0.0, d.shun_until - self.now)) for d in state.draws.values()
         )
         holds = tuple(
             (h.draw, h.epoch, h.progress, h.deadline - self.now, h.granted_at - self.now)
             for leases in (state.leases, state.judgings)
             for h in leases.held.values()
         )
-        batches = tuple((k, str(b.entries), str(b.filtered), b.trained is None) for k, b in state.batches.items())
+        batches = tuple(
+            (
+                step,
+                tuple((e.draw, e.attempt, *e.lags, *e.oldest) for e in b.entries),
+                tuple(b.filtered.items()),
+                b.trained is None,
+            )
+            for step, b in state.batches.items()
+        )
         engines = tuple(
-            (e.epoch, e.version, tuple((h.id, h.epoch, str(h.runs), h.known, h.seen_at - self.now) for h in e.hands))
+            (e.epoch, e.version, tuple((h.id, h.epoch, tuple(h.runs), h.known, h.seen_at - self.now) for h in e.hands))
             for e in self.engines
         )
         gone = tuple((h.id, h.epoch) for e in self.engines for h in e.old)
         judges = tuple((epoch, tuple(hands)) for epoch, hands in self.judges.values())
-        learner = (self.epoch, self.pending, str(self.taken), state.step, self.committed, tuple(self.paths))
+        taken = self.taken and tuple(self.taken)
+        learner = (self.epoch, self.pending, taken, state.step, self.committed, tuple(self.paths))
         queues = (tuple(state.generated), tuple(state.scored), tuple(sorted(state.waiting)), state.next_draw)
         learner = (*learner, tuple(sorted(self.rejects)), tuple(state.reusable), tuple(c.step for c in state.commits))
-        faults = tuple(getattr(self.budget, name) for name in Budget.__slots__)
         learner = (*learner, state.counts[State.DEAD])
-        return draws, details, holds, batches, engines, gone, judges, learner, queues, faults, state.versions.newest
+        faults = _of_budget(self.budget)
+        return draws, holds, batches, engines, gone, judges, learner, queues, faults, state.versions.newest
