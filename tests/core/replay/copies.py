@@ -40,9 +40,11 @@ def copied(state: LedgerState) -> LedgerState:
         new.draws[index] = own = _draw(draw)
         own.steps = draw.steps.copy()
     for step, batch in state.batches.items():
-        new.batches[step] = Batch(batch.entries.copy(), batch.filtered.copy(), batch.trained, batch.version)
+        new.batches[step] = own = _batch(batch)
+        own.entries, own.filtered = batch.entries.copy(), batch.filtered.copy()
     for name, worker in state.workers.items():
-        new.workers[name] = Worker(worker.role, worker.epoch, worker.slots, worker.answers.copy())
+        new.workers[name] = own = _worker(worker)
+        own.answers = worker.answers.copy()
     for length, counts in state.lengths.items():
         new.lengths[length] = counts.copy()
     new.leases, new.judgings = _leases(state.leases), _leases(state.judgings)
