@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from millrace.core.schema import GroupHeader
 from millrace.core.types import GroupId, Verdict, VerdictKind, VersionRun
+from tests.core.replay.copies import by_constructor
 
 OK = Verdict(kind=VerdictKind.SCORED, score=1.0)
 BROKEN = Verdict(kind=VerdictKind.JUDGE_FAILED, score=None)
@@ -20,6 +21,9 @@ class Hand:
     seen_at: float  # when the ledger last saw progress
     granted_at: float
     known: int = 0  # tokens it last reported
+
+    def copy(self) -> "Hand":
+        return Hand(self.id, self.epoch, self.runs.copy(), self.seen_at, self.granted_at, self.known)
 
     def header(self, size: int) -> GroupHeader:
         """All tokens are the first rollout's; the others are empty."""
@@ -39,6 +43,10 @@ class Engine:
     hands: list[Hand] = field(default_factory=list)
     old: list[Hand] = field(default_factory=list)  # put already, or of an earlier life
     failed: dict[GroupId, int] = field(default_factory=dict)  # tokens of groups it failed on, reported from then on
+
+    def copy(self) -> "Engine":
+        hands, old = [hand.copy() for hand in self.hands], [hand.copy() for hand in self.old]
+        return Engine(self.name, self.epoch, self.version, self.counter, hands, old, self.failed.copy())
 
 
 @dataclass(slots=True)
@@ -61,3 +69,9 @@ class Budget:
     judge_fence: int = 0
     fail: int = 0
     queue_crash: int = 0
+
+    def copy(self) -> "Budget":
+        return _budget(self)
+
+
+_budget = by_constructor(Budget)

@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import wraps
+from math import nan
 from typing import Any
 
 from millrace.core.replay.journal import Location, Record
 from millrace.core.replay.ledger import Ledger
+from millrace.core.replay.state import LedgerState
+from tests.core.replay.copies import containers, copied
 
 # Where the queue's process dies within a call.
 POINTS = ("append", "flush", "answer")  # before the record; with records that no flush has reached; all but the answer
@@ -24,11 +27,17 @@ class Disk:
     """A journal by its contract alone: payload, then records, then flush; `trap` is where the process dies."""
 
     def __init__(self) -> None:
-        self.records: list[str] = []
+        self.records: tuple[str, ...] = ()
         self.pending: list[str] = []
         self.payloads: set[Location] = set()
         self.forgotten: set[Location] = set()  # since the last flush
         self.trap = ""
+        self.replayed = Replayed()  # one for all copies
+
+    def copy(self) -> "Disk":
+        new = object.__new__(Disk)
+        new.__dict__.update(containers(self.__dict__))
+        return new
 
     def append(self, record: Record) -> None:
         if self.trap == "append":
@@ -49,16 +58,45 @@ class Disk:
             return
         if self.trap == "flush":
             raise QueueDied
-        self.records += self.pending
+        self.records = (*self.records, *self.pending)
         self.payloads -= self.forgotten
         self.pending, self.forgotten = [], set()
         if self.trap == "answer":
             raise QueueDied
 
-    def restart(self) -> list[Record]:
-        """A new process reads what is there."""
+    def restart(self, ledger: Ledger, known: tuple[str, ...]) -> None:
+        """A new process reads what is there: the `known` records, as they were replayed before, and those since."""
         self.pending, self.forgotten, self.trap = [], set(), ""
-        return [json.loads(record) for record in self.records]
+        assert self.records[: len(known)] == known, "a record that was flushed is gone"
+        ledger.state = self.replayed.state(ledger, known)
+        ledger.replay(json.loads(record) for record in self.records[len(known) :])
+
+
+class Replayed:
+    """The last records that were replayed, and what they led to.
+
+    Sound because a replay is a function of records and time: state by state, each from the one before it.
+    """
+
+    def __init__(self) -> None:
+        self._records: tuple[str, ...] = ()
+        self._at = nan
+        self._state: LedgerState | None = None
+
+    def __reduce__(self) -> tuple:
+        """What is copied or pickled by other means begins anew."""
+        return Replayed, ()
+
+    def state(self, fresh: Ledger, records: tuple[str, ...]) -> LedgerState:
+        """A copy of the state that these records lead to, replayed from where the last ones end, if these go on."""
+        now, done = fresh.clock(), len(self._records)
+        if now != self._at or self._records != records[:done]:
+            self._state, self._at, done = fresh.state, now, 0
+        if done < len(records):
+            fresh.state = self._state
+            fresh.replay(json.loads(record) for record in records[done:])
+        self._records = records
+        return copied(self._state)
 
 
 class DurableLedger(Ledger):

@@ -1,35 +1,16 @@
 """Breadth-first search over every interleaving of a small world, on the production ledger."""
 
-import copyreg
-import pickle
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import inf
-from operator import attrgetter
 from random import Random
 
-from millrace.core.replay.draws import Batch, Commit, Draw, Entry, Worker
-from millrace.core.replay.leases import Hold, Leases
-from millrace.core.replay.state import LedgerState
-from millrace.core.replay.versions import Versions
-from millrace.core.replay.waste import Books, Meter
-from tests.core.replay.cast import Engine, Hand
 from tests.core.replay.world import World
 
 FAULTS = {"crash", "judge_crash", "learner_crash", "late", "judge_fail", "filter", "leave", "revert", "lose"}
 FAULTS |= {"fence", "judge_fence", "fail", "queue_crash"}
 RARE = {"fence", "judge_fence", "fail", "queue_crash"}  # possible nearly always: walks would be of nothing else
-
-
-def _by_position(cls: type) -> None:
-    """Pickle its fields without their names, and make it by its constructor: half the time of a copy of a world."""
-    values = attrgetter(*(each.name for each in fields(cls)))
-    copyreg.pickle(cls, lambda one: (cls, values(one)))
-
-
-for _each in (Batch, Books, Commit, Draw, Engine, Entry, Hand, Hold, Leases, LedgerState, Meter, Versions, Worker):
-    _by_position(_each)
 
 
 @dataclass
@@ -50,37 +31,35 @@ def explore(make: Callable[[], World], *, limit: int, visits: float = inf) -> Ex
     """
     first = make()
     numbers = {hash(first.key()): 0}  # 64 bits: a collision would hide one state in 10^8 runs of 10^5
-    frontier = deque([(0, pickle.dumps(first, -1))])
+    frontier = deque([(0, first)])
     parents: list[tuple[int, tuple]] = [(-1, ())]
     before: list[list[int]] = [[]]  # fault-free predecessors
     finished, transitions, expanded = [], 0, 0
     open_ends: set[int] = set()
     while frontier:
-        number, image = frontier.popleft()
+        number, origin = frontier.popleft()
         if expanded >= limit or len(parents) >= visits:
             open_ends.add(number)
             continue
         expanded += 1
-        world: World = pickle.loads(image)
-        if world.done():
+        if origin.done():
             finished.append(number)
-        actions = world.actions()
+        actions = origin.actions()
         for i, action in enumerate(actions):
-            if i:
-                world = pickle.loads(image)
             try:
-                if not world.do(action):
-                    continue
+                world = origin.after(action, last=i == len(actions) - 1)
             except Exception as caught:
                 raise AssertionError(
                     f"{type(caught).__name__}: {caught}\n{trace(parents, number)} then {action}"
                 ) from caught
+            if world is None:
+                continue
             transitions += 1
             target = numbers.setdefault(hash(world.key()), len(numbers))
             if target == len(parents):
                 parents.append((number, action))
                 before.append([])
-                frontier.append((target, pickle.dumps(world, -1)))
+                frontier.append((target, world))
             if action[0] not in FAULTS:
                 before[target].append(number)
     stuck = _cannot_end(before, {*finished, *open_ends})

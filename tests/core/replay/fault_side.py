@@ -1,27 +1,24 @@
 """What fails in the small world besides its learner: engines, judges, and the queue's own process."""
 
-import pickle
 from contextlib import suppress
 
 from millrace.core.protocols import Role
 from millrace.core.replay.draws import State
 from millrace.core.types import GroupId
 from tests.core.replay.cast import Engine, Hand
-from tests.core.replay.disk_model import POINTS, STORE_POINTS, Disk, DurableLedger, QueueDied
+from tests.core.replay.disk_model import POINTS, STORE_POINTS, QueueDied
 from tests.core.replay.learner_side import LearnerSide
+from tests.core.replay.witness import Witness
 
 # Calls that the queue's death may interrupt; whoever made it repeats it.
 _INTERRUPTED = ("lease", "put", "judge", "score", "take", "train", "commit", "announce", "filter", "work", "late")
 _INTERRUPTED += ("fail", "fence", "judge_fence")
-_OF_DATA = ("engine", "invalid", "judge", "judge_expired", "judge_crashed", "capped")
 
 
 class FaultSide(LearnerSide):
     """Faults of engines, judges and the queue, and what must follow of each."""
 
-    disk: Disk | None
-    variations: dict[int, int]  # by draw, as its failures ask for
-    fates: dict[int, tuple[int, int, int]]  # by draw: crashes since it was generated, judge crashes, counted failures
+    witness: Witness
 
     def _fault_actions(self, ordinary: list[tuple]) -> list[tuple]:
         budget, out = self.budget, []
@@ -39,46 +36,19 @@ class FaultSide(LearnerSide):
             out += [("queue_crash", point, *action) for action in calls if action[0] == "put" for point in STORE_POINTS]
         return out
 
-    # -- an account of its own, from the records alone
-
-    def _note(self, record: dict) -> None:
-        """What a record means for seeds, suspicion and the end of a draw."""
-        if record["op"] == "failed":
-            cause = record["cause"]
-            for index, _, _, counted, state, _ in record["rows"]:
-                crashes, judged, failures = self.fates.get(index, (0, 0, 0))
-                crashes, judged = crashes + (cause in ("crashed", "hung")), judged + (cause == "judge_crashed")
-                self.fates[index] = crashes, judged, failures + counted
-                self.variations[index] = self.variations.get(index, 0) + (cause in _OF_DATA)
-                worn = crashes >= self.config.crashes or judged >= self.config.crashes
-                dead = worn or failures + counted >= self.config.attempts
-                assert (state == State.DEAD) == dead, f"draw {index} is {state} after {self.fates[index]}"
-                assert counted == (cause not in _UNCOUNTED), f"{cause} of draw {index} counts {counted}"
-        elif record["op"] == "stale" and record["rule"] == "requeue":
-            for index, _, _ in record["rows"]:
-                self.variations[index] = self.variations.get(index, 0) + 1
-        elif record["op"] == "generated":
-            for index, *_ in record["rows"]:
-                if index in self.fates:
-                    self.fates[index] = 0, *self.fates[index][1:]
-        elif record["op"] == "returned" and record["why"] == "crashed":
-            for index, _ in record["rows"]:
-                crashes, judged, failures = self.fates.get(index, (0, 0, 0))
-                self.fates[index] = crashes, judged + 1, failures
-
     def check(self) -> None:
         super().check()
-        state = self.ledger.state
+        state, fates, variations = self.ledger.state, self.witness.fates, self.witness.variations
         assert len(state.quarantined) == state.counts[State.DEAD], "a dead draw is not told of"
         for draw in state.draws.values():
             own = draw.crashes, draw.judge_crashes, draw.failures
-            assert own == self.fates.get(draw.index, (0, 0, 0)), f"draw {draw.index} has failed {own}"
-            assert draw.variation == self.variations.get(draw.index, 0), f"draw {draw.index} samples {draw.variation}"
+            assert own == fates.get(draw.index, (0, 0, 0)), f"draw {draw.index} has failed {own}"
+            assert draw.variation == variations.get(draw.index, 0), f"draw {draw.index} samples {draw.variation}"
             worn = max(own[:2]) >= self.config.crashes or own[2] >= self.config.attempts
             assert not worn, f"draw {draw.index} has failed {own} and is still {draw.state}"
         for leases, number in ((state.leases, 0), (state.judgings, 1)):
             for epoch in leases.by_epoch:
-                held = [hold.draw for hold in leases.of(epoch) if self.fates.get(hold.draw, (0, 0))[number] > 1]
+                held = [hold.draw for hold in leases.of(epoch) if fates.get(hold.draw, (0, 0))[number] > 1]
                 assert len(held) <= 1, f"epoch {epoch} holds the suspects {held} together"
 
     # -- engines and judges
@@ -139,30 +109,35 @@ class FaultSide(LearnerSide):
         return (draw.attempt, draw.epoch) == (hand.id.attempt, hand.epoch) and draw.location is not None
 
     def _do_queue_crash(self, point: str, name: str, *args: object) -> bool:
-        """The queue's process dies within a call and comes back from its disk; the caller repeats the call."""
-        assert self.disk is not None
+        """The queue's process dies within a call and comes back from its disk; the caller repeats the call.
+
+        What this world held before is left as it is: `after` gives it a world that shares everything with another.
+        """
+        self.budget = self.budget.copy()
         self.budget.queue_crash -= 1
-        twin = pickle.loads(pickle.dumps(self, -1))
+        twin = self.copy()
         twin.disk.trap = point
-        died = True
         with suppress(QueueDied):
             getattr(twin, f"_do_{name}")(*args)
-            died = False
-        if not died:
             return False
         survives = twin if point in ("answer", "torn") else self
-        expected, self.disk = survives.ledger.state, twin.disk
-        self.fates, self.variations, self.records = survives.fates, survives.variations, survives.records
-        self._restart_queue()
+        known, expected = self.disk.records, survives.ledger.state
+        self.__dict__.update(self.copy_of_callers().__dict__)
+        self.witness = survives.witness.copy()
+        self.witness.disk = twin.disk
+        self._restart_queue(known)
         if point != "torn":
             assert self.ledger.state == expected, f"the ledger came back different from {name} interrupted at {point}"
         return getattr(self, f"_do_{name}")(*args) is not False or point in ("answer", "torn")
 
-    def _restart_queue(self) -> None:
-        """As ReplayQueue begins: the records, then the payloads they need."""
-        ledger = DurableLedger(self.config, clock=self.clock, emit=self.emit)
-        ledger.disk = self.disk
-        ledger.replay(self.disk.restart())
+    def _restart_queue(self, known: tuple[str, ...]) -> None:
+        """As ReplayQueue begins: the records, then the payloads they need.
+
+        Args:
+            known: the first of the records, from which this queue may be restarted many times.
+        """
+        disk, ledger = self.disk, self.new_ledger()
+        disk.restart(ledger, known)
         self.ledger = ledger
         for engine in self.engines:  # every lease has one full grace
             for hand in engine.hands:
@@ -170,19 +145,16 @@ class FaultSide(LearnerSide):
         lost = {
             GroupId(draw.index, draw.attempt)
             for draw in ledger.state.draws.values()
-            if draw.location is not None and draw.location not in self.disk.payloads
+            if draw.location is not None and draw.location not in disk.payloads
         }
-        ledger.recover(lambda location: location in self.disk.payloads)
-        self.disk.flush()
+        ledger.recover(lambda location: location in disk.payloads)
+        disk.flush()
         for draw in ledger.state.draws.values():
             if draw.state in (State.GENERATED, State.JUDGING, State.SCORED, State.IN_STEP):
-                assert draw.location in self.disk.payloads, f"draw {draw.index} has a torn payload and goes on"
+                assert draw.location in disk.payloads, f"draw {draw.index} has a torn payload and goes on"
         if len(ledger.state.versions.steps) > len(self.paths) + self._unanswered():
             self._groups_lost(lost)
 
     def _unanswered(self) -> int:
         """Versions that were reserved in the call that died."""
         return sum(batch.version >= len(self.paths) for batch in self.ledger.state.batches.values())
-
-
-_UNCOUNTED = ("crashed", "hung", "judge_crashed", "fenced", "abandoned")

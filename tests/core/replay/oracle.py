@@ -1,6 +1,7 @@
 """What must hold in the small world after every action, by what the world itself remembers."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from operator import attrgetter
 from typing import Any
 
 from millrace.core.replay.config import QueueConfig
@@ -8,6 +9,22 @@ from millrace.core.replay.draws import LIVE, OPEN, State
 from millrace.core.replay.ledger import Ledger
 from millrace.core.types import GroupId
 from tests.core.replay.cast import Budget, Engine
+
+_COUNTED = (*LIVE, State.WAITING, State.TRAINED)
+_DRAW = (
+    "index",
+    "state",
+    "attempt",
+    "failures",
+    "crashes",
+    "requeues",
+    "epoch",
+    "min_version",
+    "deadline",
+    "variation",
+)
+_DRAW += ("judge_crashes", "judge_failures", "judge_expiries", "shunned", "rule")
+_of_draw, _of_budget = attrgetter(*_DRAW), attrgetter(*Budget.__slots__)
 
 
 class Oracle:
@@ -61,18 +78,7 @@ class Oracle:
 
     def check(self) -> None:
         state, config = self.ledger.state, self.config
-        counts = Counter(draw.state for draw in state.draws.values())
-        for name in (*LIVE, State.WAITING, State.TRAINED):
-            assert counts[name] == state.counts[name], f"{counts[name]} draws are {name}, {state.counts[name]} counted"
-        assert sum(state.counts.values()) == state.next_draw, "a draw is in no state, or in two"
-        assert all(count >= 0 for count in state.counts.values())
-        assert sorted(state.waiting) == sorted(i for i, d in state.draws.items() if d.state is State.WAITING)
-        assert set(state.generated) == {i for i, d in state.draws.items() if d.state is State.GENERATED}
-        assert set(state.scored) == {i for i, d in state.draws.items() if d.state is State.SCORED}
-        assert set(state.leases.held) == {i for i, d in state.draws.items() if d.state is State.LEASED}
-        assert set(state.judgings.held) == {i for i, d in state.draws.items() if d.state is State.JUDGING}
-        assert state.due == Counter(d.deadline for d in state.draws.values() if d.state in OPEN)
-        assert state.ready == Counter(d.deadline for d in state.draws.values() if d.state is State.SCORED)
+        self._check_draws()
         self._check_history()
         size = config.groups_per_step
         assert sum(state.lags.values()) == size * config.group_size * state.step
@@ -87,6 +93,28 @@ class Oracle:
             forked = self.forked or "stale:wait" not in state.books.rows
             assert forked, "the rule `wait` gave a group up though history never forked"
         self._check_books()
+
+    def _check_draws(self) -> None:
+        """Every count, queue and lease says what the draws say."""
+        state, due, ready = self.ledger.state, {}, {}
+        found: defaultdict[State, list[int]] = defaultdict(list)
+        for index, draw in state.draws.items():
+            found[draw.state].append(index)
+            if draw.state in OPEN:
+                due[draw.deadline] = due.get(draw.deadline, 0) + 1
+                if draw.state is State.SCORED:
+                    ready[draw.deadline] = ready.get(draw.deadline, 0) + 1
+        for name in _COUNTED:
+            many = len(found[name])
+            assert many == state.counts[name], f"{many} draws are {name}, {state.counts[name]} counted"
+        assert sum(state.counts.values()) == state.next_draw, "a draw is in no state, or in two"
+        assert min(state.counts.values()) >= 0
+        assert sorted(state.waiting) == sorted(found[State.WAITING])
+        assert state.generated.keys() == set(found[State.GENERATED])
+        assert state.scored.keys() == set(found[State.SCORED])
+        assert state.leases.held.keys() == set(found[State.LEASED])
+        assert state.judgings.held.keys() == set(found[State.JUDGING])
+        assert state.due == due and state.ready == ready
 
     def _check_history(self) -> None:
         """Every use once, each in a batch of its own, and the pointer moves with the draws."""
@@ -139,7 +167,7 @@ class Oracle:
         assert table["trained"] + table["masked"] == sum(self.sizes[group] for group in uses), table
         assert table.get("reused", 0) == sum(self.sizes[group] * (many - 1) for group, many in uses.items()), table
         assert table["unaccounted"] == 0, table
-        assert all(tokens >= 0 for tokens in table.values()), table
+        assert min(table.values()) >= 0, table
         for epoch, meter in books.meters.items():
             true = self.true_counters.get(epoch, 0)
             assert max(meter.known, meter.counter) <= true, f"{meter} of an engine that sampled {true} tokens"
@@ -148,48 +176,32 @@ class Oracle:
         """What the future depends on; equal keys need only be explored once."""
         state = self.ledger.state
         draws = tuple(
-            (
-                d.index,
-                d.state,
-                d.attempt,
-                d.failures,
-                d.crashes,
-                d.requeues,
-                d.epoch,
-                d.min_version,
-                d.deadline,
-                str(d.runs),
-            )
-            for d in state.draws.values()
-        )
-        details = tuple(
-            (
-                d.variation,
-                d.judge_crashes,
-                tuple(d.steps),
-                d.judge_failures,
-                d.judge_expiries,
-                d.shunned,
-                d.rule,
-                max(0.0, d.shun_until - self.now),
-            )
-            for d in state.draws.values()
+            (*_of_draw(d), str(d.runs), tuple(d.steps), max(0.0, d.shun_until - self.now)) for d in state.draws.values()
         )
         holds = tuple(
             (h.draw, h.epoch, h.progress, h.deadline - self.now, h.granted_at - self.now)
             for leases in (state.leases, state.judgings)
             for h in leases.held.values()
         )
-        batches = tuple((k, str(b.entries), str(b.filtered), b.trained is None) for k, b in state.batches.items())
+        batches = tuple(
+            (
+                step,
+                tuple((e.draw, e.attempt, *e.lags, *e.oldest) for e in b.entries),
+                tuple(b.filtered.items()),
+                b.trained is None,
+            )
+            for step, b in state.batches.items()
+        )
         engines = tuple(
-            (e.epoch, e.version, tuple((h.id, h.epoch, str(h.runs), h.known, h.seen_at - self.now) for h in e.hands))
+            (e.epoch, e.version, tuple((h.id, h.epoch, tuple(h.runs), h.known, h.seen_at - self.now) for h in e.hands))
             for e in self.engines
         )
         gone = tuple((h.id, h.epoch) for e in self.engines for h in e.old)
         judges = tuple((epoch, tuple(hands)) for epoch, hands in self.judges.values())
-        learner = (self.epoch, self.pending, str(self.taken), state.step, self.committed, tuple(self.paths))
+        taken = self.taken and tuple(self.taken)
+        learner = (self.epoch, self.pending, taken, state.step, self.committed, tuple(self.paths))
         queues = (tuple(state.generated), tuple(state.scored), tuple(sorted(state.waiting)), state.next_draw)
         learner = (*learner, tuple(sorted(self.rejects)), tuple(state.reusable), tuple(c.step for c in state.commits))
-        faults = tuple(getattr(self.budget, name) for name in Budget.__slots__)
         learner = (*learner, state.counts[State.DEAD])
-        return draws, details, holds, batches, engines, gone, judges, learner, queues, faults, state.versions.newest
+        faults = _of_budget(self.budget)
+        return draws, holds, batches, engines, gone, judges, learner, queues, faults, state.versions.newest

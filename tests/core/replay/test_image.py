@@ -15,7 +15,7 @@ from tests.core.replay.scenarios import LARGE
 def through_an_image(world) -> None:
     """The ledger restarts from nothing but the image of its state."""
     record = json.loads(json.dumps(image(world.ledger.state)))
-    rebuilt = Ledger(world.config, clock=world.clock, emit=world.emit)
+    rebuilt = Ledger(world.config, clock=world.witness.clock, emit=world.witness.emit)
     rebuilt.replay([record])
     old, new = world.ledger.state, rebuilt.state
     assert new == old
@@ -56,7 +56,7 @@ def test_a_field_of_a_newer_version_is_refused_and_one_of_an_older_keeps_its_def
     world = next(iter(LARGE.values()))()
     record = image(world.ledger.state)
     del record["state"]["lengths"]
-    fresh = Ledger(world.config, clock=world.clock, emit=world.emit).state
+    fresh = Ledger(world.config, clock=world.witness.clock, emit=world.witness.emit).state
     restore(fresh, record)
     assert fresh.lengths == {} and fresh.workers == world.ledger.state.workers
     for place in (record["state"], record["state"]["versions"], record["state"]["commits"][0]):

@@ -69,9 +69,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def the_ledger_restarts(self):
         """Its records, as JSON, rebuild it; the run goes on with the rebuilt one."""
         world = self.world
-        records = json.loads(json.dumps(world.records))
-        rebuilt = type(world.ledger)(world.config, clock=world.clock, emit=world.emit)
-        rebuilt.disk = world.disk
+        records = json.loads(json.dumps(world.witness.records))
+        rebuilt = world.new_ledger()
         rebuilt.replay(records)
         assert rebuilt.state == world.ledger.state
         world.ledger = rebuilt

@@ -1,7 +1,9 @@
 """A small world around the production ledger: engines, judges and a learner that crash, repeat and come late."""
 
 from collections import Counter
+from copy import copy
 from math import ceil
+from typing import Self
 
 from millrace.core.errors import Fenced
 from millrace.core.protocols import Role
@@ -10,10 +12,10 @@ from millrace.core.replay.draws import OPEN, State
 from millrace.core.replay.ledger import Ledger
 from millrace.core.types import GroupId, GroupVerdict, Verdict
 from tests.core.replay.cast import BROKEN, OK, Budget, Engine, Hand
+from tests.core.replay.copies import containers, copied
 from tests.core.replay.disk_model import Disk, DurableLedger
 from tests.core.replay.fault_side import FaultSide
-
-_CONFIGS: dict[int, QueueConfig] = {}  # clones of a world share its configuration; only what changes is copied
+from tests.core.replay.witness import Witness
 
 
 class World(FaultSide):
@@ -29,16 +31,10 @@ class World(FaultSide):
         forgetful: bool = False,  # the restarted learner's filter does not know what the earlier one threw out
         frugal: bool = False,  # nothing ages and nothing fails: no use may be left over
     ):
-        _CONFIGS[id(config)] = config
         self.config, self.budget, self.tick_s = config, budget, tick_s
-        self.now = 0.0
-        self.records: list[dict] | None = [] if record else None
-        self.disk = Disk() if budget.queue_crash else None
-        self.variations: dict[int, int] = {}
-        self.fates: dict[int, tuple[int, int, int]] = {}
+        self.witness = Witness(config, disk=Disk() if budget.queue_crash else None, record=record)
         self.kept = [0]
-        self.ledger = (DurableLedger if self.disk else Ledger)(config, clock=self.clock, emit=self.emit)
-        self.ledger.disk = self.disk
+        self.ledger = self.new_ledger()
         self.engines = [Engine(f"generation-{i}") for i in range(engines)]
         self.judges = {f"reward-{i}": (0, []) for i in range(judges)}
         self.true_counters: dict[int, int] = {}  # worker epoch -> tokens its engine really sampled
@@ -64,29 +60,43 @@ class World(FaultSide):
             self.judges[name] = (self.ledger.join(name, role=Role.REWARD, slots=4), [])
         self._learner_joins()
 
-    def __getstate__(self) -> dict:
-        own = {name: value for name, value in self.__dict__.items() if name not in ("config", "ledger")}
-        return {**own, "image": (id(self.config), self.ledger.state)}
+    def new_ledger(self) -> Ledger:
+        """As a new process of the queue has it, in its first state."""
+        witness = self.witness
+        ledger = (DurableLedger if witness.disk else Ledger)(self.config, clock=witness.clock, emit=witness.emit)
+        ledger.disk = witness.disk
+        return ledger
 
-    def __setstate__(self, own: dict) -> None:
-        number, state = own.pop("image")
-        self.__dict__.update(own)
-        self.config = _CONFIGS[number]
-        kind = DurableLedger if self.disk else Ledger
-        self.ledger = kind.__new__(kind)
-        self.ledger.disk = self.disk
-        self.ledger.config, self.ledger.state = self.config, state
-        self.ledger.clock, self.ledger.emit = self.clock, self.emit
+    def copy(self) -> Self:
+        """It goes its own way from here on. Shared are the configuration and what is only ever replaced as a whole."""
+        new = self.copy_of_callers()
+        new.witness = witness = self.witness.copy()
+        new.ledger = ledger = object.__new__(type(self.ledger))
+        ledger.config, ledger.state, ledger.disk = self.config, copied(self.ledger.state), witness.disk
+        ledger.clock, ledger.emit = witness.clock, witness.emit
+        return new
 
-    def clock(self) -> float:
-        return self.now
+    def copy_of_callers(self) -> Self:
+        """All but the queue."""
+        new = object.__new__(type(self))
+        new.__dict__.update(containers(self.__dict__))
+        new.budget = self.budget.copy()
+        new.engines = [engine.copy() for engine in self.engines]
+        for name, (epoch, hands) in self.judges.items():
+            new.judges[name] = epoch, hands.copy()
+        return new
 
-    def emit(self, record: dict) -> None:
-        if self.disk is not None:
-            self.disk.append(record)
-        self._note(record)
-        if self.records is not None:
-            self.records.append(record)
+    @property
+    def disk(self) -> Disk | None:
+        return self.witness.disk
+
+    @property
+    def now(self) -> float:
+        return self.witness.now
+
+    @now.setter
+    def now(self, time: float) -> None:
+        self.witness.now = time
 
     # -- what can be done
 
@@ -130,6 +140,18 @@ class World(FaultSide):
         self.ledger.state.released.clear()
         self.check()
         return effect is not False
+
+    def after(self, action: tuple, *, last: bool) -> Self | None:
+        """The world that an action leads to, with everything checked. None: it has no effect.
+
+        Args:
+            last: this world is needed no more, and may be the one that goes on.
+        """
+        if last:
+            world = self
+        else:
+            world = copy(self) if action[0] == "queue_crash" else self.copy()  # that copies what it needs by itself
+        return world if world.do(action) else None
 
     def done(self) -> bool:
         return self.ledger.finished and self.committed == self.config.steps
