@@ -73,6 +73,7 @@ class Oracle:
         assert set(state.judgings.held) == {i for i, d in state.draws.items() if d.state is State.JUDGING}
         assert state.due == Counter(d.deadline for d in state.draws.values() if d.state in OPEN)
         assert state.ready == Counter(d.deadline for d in state.draws.values() if d.state is State.SCORED)
+        assert self.ledger._available(state.step) == len(self.ledger._candidates(state.step))
         self._check_history()
         size = config.groups_per_step
         assert sum(state.lags.values()) == size * config.group_size * state.step
