@@ -4,6 +4,8 @@ import asyncio
 import os
 from hashlib import blake2b
 
+from millrace.rewards.verifiers.text import position_match
+
 SHARE, SECONDS = "SLOW_SHARE", "SLOW_S"  # of the environment, which every process of a run inherits
 
 
@@ -18,8 +20,7 @@ def is_slow(text: str, prompt: str, share: float) -> bool:
 
 
 async def slow_position_match(text: str, answer: str, prompt: str) -> float:
-    """The share of positions that are right; a share of the verdicts sleeps first."""
+    """The share of characters that are right; a share of the verdicts sleeps first."""
     if is_slow(text, prompt, float(os.environ[SHARE])):
         await asyncio.sleep(float(os.environ[SECONDS]))
-    given, wanted = text.split(), answer.split()
-    return sum(a == b for a, b in zip(given, wanted, strict=False)) / max(1, len(wanted))
+    return position_match(text, answer)

@@ -12,7 +12,10 @@ from millrace.cluster.direct import Door
 
 Component = type | str  # its class, or where that is: "package.module:Class"
 
-COLLECTED_AT = (100_000, 50, 100)  # new objects, and younger collections, at which a lasting process looks for garbage
+# New objects, and younger collections, at which a process looks for garbage: a lasting one, and one that holds much
+# and also runs code of the user's, whose garbage may be large.
+COLLECTED_AT = (100_000, 50, 100)
+HOLDING_COLLECTED_AT = (10_000, 10, 10)
 
 
 def found(component: Component) -> Any:
@@ -35,6 +38,8 @@ class Process:
     def __init__(self, component: Component, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self._component = found(component)(*args, **kwargs)
         self._opened: Door | None = None
+        if getattr(self._component, "HOLDS_MANY", False):
+            _settle(HOLDING_COLLECTED_AT)
 
     async def call(self, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Of the component, or of its process."""
@@ -57,6 +62,11 @@ class Lasting(Process):
     def __init__(self, *kept: Any) -> None:
         whole = ray.get(kept[0][0]) if isinstance(kept[0], list) else ray.cloudpickle.loads(b"".join(kept))
         super().__init__(*whole)
-        # What it imported and holds is no garbage; a collection looks through all of it every few thousand rollouts.
-        gc.freeze()
-        gc.set_threshold(*COLLECTED_AT)
+        _settle(COLLECTED_AT)
+
+
+def _settle(thresholds: tuple[int, int, int]) -> None:
+    """What is imported is no garbage, nor what is held; a collection looks through all of it every few thousand
+    rollouts, for a tenth of a second."""
+    gc.freeze()
+    gc.set_threshold(*thresholds)

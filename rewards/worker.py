@@ -68,6 +68,8 @@ class _Judging:
 class RewardWorker:
     """Judges what the queue leases to it."""
 
+    HOLDS_MANY = True  # objects, for as long as a verdict takes: its process goes through them for garbage rarely
+
     def __init__(
         self,
         name: WorkerId,

@@ -19,14 +19,19 @@ class JudgeRules(Transaction):
             held = self.state.judgings.holder
             return [group for group in ids(entry.answers[request]) if held(*group, epoch)]
         rows: list[list[int]] = []
-        suspect = self._holds_suspect(epoch)
+        suspect: bool | None = None  # in hand; what is held, hundreds of groups, is only gone through for another one
         for index in self.state.generated:
             if len(rows) >= want:
                 break
             draw = self.state.draws[index]
-            if not self._shunned(draw, worker) and not (suspect and draw.judge_suspect):
-                rows.append([index, draw.attempt])
-                suspect = suspect or draw.judge_suspect
+            if self._shunned(draw, worker):
+                continue
+            if draw.judge_suspect:
+                suspect = self._holds_suspect(epoch) if suspect is None else suspect
+                if suspect:
+                    continue
+                suspect = True
+            rows.append([index, draw.attempt])
         if rows:
             durations = {"lease_s": self.config.judge_lease_s, "cap_s": self.config.judge_cap_s}
             self.do("judging", worker=worker, epoch=epoch, request=request, rows=rows, **durations)

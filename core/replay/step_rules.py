@@ -103,11 +103,11 @@ class StepRules(Transaction):
             self._evict_overfull()
         elif self.config.stale in ("drop", "requeue"):
             self._evict_old(step)
-        candidates = self._candidates(step)
         inserts = self.state.inserts
-        samples = inserts * self.config.reuse - len(candidates)
+        samples = inserts * self.config.reuse - self._available(step)
         if not self.config.rate.may_sample(inserts=inserts, samples=samples, want=room):
             return False
+        candidates = self._candidates(step)
         chosen = self._in_lease_order(room) if self.config.max_lag == 0 else self._choose(step, room, candidates)
         if chosen is None:
             return False
@@ -129,6 +129,12 @@ class StepRules(Transaction):
         further = [c.draw for c in order if c.use and c.deadline >= step]
         kept = {*state.scored, *further[: max(0, self._needed(state.open))]}
         return [c for c in order if c.draw in kept]
+
+    def _available(self, step: int) -> int:
+        """How many candidates there are. Asked after every change while a take waits, hence without their order."""
+        state = self.state
+        further = sum(state.draws[index].deadline >= step for index in state.reusable)
+        return len(state.scored) + min(further, max(0, self._needed(state.open)))
 
     def _choose(self, step: int, room: int, candidates: Sequence[Candidate]) -> list[int] | None:
         """By the selector; under the rule `wait` those that must go now go first, and are waited for."""
@@ -280,7 +286,7 @@ class StepRules(Transaction):
             return "scheduler"
         if not room:
             return ""
-        scored = len(self._candidates(step))
+        scored = self._available(step)
         if scored >= room:
             return "scheduler"
         if scored + state.counts[State.GENERATED] + state.counts[State.JUDGING] >= room:
@@ -292,7 +298,7 @@ class StepRules(Transaction):
     def why_no_batch(self, step: int) -> str:
         """What the learner waits for."""
         state, room = self.state, self._missing(step)
-        scored = len(self._candidates(step))
+        scored = self._available(step)
         text = f"step {step} has {scored} scored groups for {room} places"
         if scored >= room:
             text += "; it waits for groups that would become too old" if self.config.max_lag else "; for lease order"

@@ -44,7 +44,7 @@ def test_the_score_does_not_depend_on_the_wait(monkeypatch: pytest.MonkeyPatch) 
     for share in ("0", "1"):
         monkeypatch.setenv(slow_reward.SHARE, share)
         monkeypatch.setenv(slow_reward.SECONDS, "10")
-        scores.append(asyncio.run(slow_reward.slow_position_match("1 2 4", "1 2 3", "2 3 1")))
+        scores.append(asyncio.run(slow_reward.slow_position_match("124", "123", "sort 231=")))
     assert scores == [2 / 3, 2 / 3] and waited == [10.0]
 
 

@@ -1,6 +1,7 @@
 """A handle means the same wherever its component lives."""
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -12,9 +13,11 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
+from millrace.cluster.process import HOLDING_COLLECTED_AT
 from millrace.cluster.spawn import Gone, Handle, OnRay, Spawn, here
 from millrace.core.calls import persist
 from millrace.core.errors import ConfigError, Fenced, ModelError
+from millrace.rewards.worker import RewardWorker
 
 
 class Counter:
@@ -39,6 +42,14 @@ class Counter:
 
     async def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Holder:
+    HOLDS_MANY = True
+
+    async def collects(self) -> tuple[bool, int]:
+        """Whether what was there before it is left out of collections, and how often there are any."""
+        return gc.get_freeze_count() > 0, gc.get_threshold()[0]
 
 
 class Stillborn:
@@ -152,6 +163,19 @@ def test_a_component_that_lasts_is_called_past_ray_before_and_after_it_was_kille
         spawn.kill()
 
     asyncio.run(main())
+
+
+@pytest.mark.ray
+def test_the_process_of_one_that_holds_much_looks_for_garbage_rarely(cluster: None) -> None:
+    async def main() -> None:
+        spawn = OnRay()
+        assert await spawn(Holder, name="reward-0").collects() == (True, HOLDING_COLLECTED_AT[0])
+        spawn.kill()
+
+    before = gc.get_freeze_count(), gc.get_threshold()
+    asyncio.run(main())
+    assert (gc.get_freeze_count(), gc.get_threshold()) == before, "a process that it shares is left as it is"
+    assert RewardWorker.HOLDS_MANY
 
 
 @pytest.mark.ray

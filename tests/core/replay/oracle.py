@@ -79,6 +79,7 @@ class Oracle:
     def check(self) -> None:
         state, config = self.ledger.state, self.config
         self._check_draws()
+        assert self.ledger._available(state.step) == len(self.ledger._candidates(state.step))
         self._check_history()
         size = config.groups_per_step
         assert sum(state.lags.values()) == size * config.group_size * state.step

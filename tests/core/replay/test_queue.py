@@ -11,7 +11,9 @@ from millrace.core.errors import Fenced, LedgerError
 from millrace.core.protocols import Feedback, Queue, Role
 from millrace.core.replay.config import QueueConfig
 from millrace.core.replay.journal import MemoryJournal
+from millrace.core.replay.leases import Leases
 from millrace.core.replay.queue import ReplayQueue
+from millrace.core.replay.step_rules import StepRules
 from millrace.core.types import (
     Group,
     GroupVerdict,
@@ -248,6 +250,39 @@ def test_a_long_poll_returns_empty_handed():
         await rig.lease(2)
         grant = await rig.lease(1, wait_s=0.02)
         assert not grant.leases and grant.idle and not grant.finished
+
+    run(main())
+
+
+def test_groups_in_hand_cost_nothing_while_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds wait for slow verdicts while others are put, leased and judged, and a take waits."""
+    looked: list[str] = []
+
+    def note(table: type, method: str) -> None:
+        own = getattr(table, method)
+
+        def noted(self: object, *args: object) -> object:
+            looked.append(method)
+            return own(self, *args)
+
+        monkeypatch.setattr(table, method, noted)
+
+    note(Leases, "of")
+    note(StepRules, "_candidates")
+
+    async def main():
+        rig = await Rig(groups_per_step=8, steps=16, max_lag=8).start()
+        await rig.put(*[group_of(lease) for lease in (await rig.lease(32)).leases])
+        held = await rig.queue.lease_groups(JUDGE, epoch=rig.judge, want=32, request=rig.request(), wait_s=0)
+        assert len(schema.headers(held)) == 32
+        taking = asyncio.create_task(rig.queue.take(step=0, epoch=rig.learner.epoch, wait_s=20))
+        for _ in range(8):
+            assert not taking.done()
+            await rig.put(*[group_of(lease) for lease in (await rig.lease(1)).leases])
+            assert len(await rig.judged(1)) == 1
+            await asyncio.sleep(0)
+        assert len((await taking).lag) == 8
+        assert looked == ["_candidates"], "ordered once, when there were enough of them"
 
     run(main())
 
