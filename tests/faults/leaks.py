@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,7 @@ import psutil
 WITHIN_S = 10.0
 POLL_S = 0.1
 WATCH_S = 0.25
+AGAIN_S = 2.0
 MARK = "MILLRACE_CENSUS"
 SHARED = Path("/dev/shm")
 LASTING = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # of the tests' own process, to its end
@@ -39,20 +40,15 @@ class Process:
     pid: int
     parent: int
     start: int
-    state: str
+    state: str = field(compare=False)
 
     @classmethod
     def read(cls, pid: int) -> "Process | None":
-        with suppress(OSError):
-            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if words[0] not in "ZX":
-                return cls(pid, int(words[1]), int(words[19]), words[0])
-        return None
+        words = _read(f"/proc/{pid}/stat").decode(errors="replace").rpartition(")")[2].split()
+        return cls(pid, int(words[1]), int(words[19]), words[0]) if words and words[0] not in "ZX" else None
 
     def __str__(self) -> str:
-        command = f"state {self.state}"
-        with suppress(OSError):
-            command = Path(f"/proc/{self.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        command = _command(self.pid) or f"state {self.state}"
         ports: list[int] = []
         with suppress(psutil.Error):
             sockets = psutil.Process(self.pid).net_connections(kind="inet")
@@ -65,34 +61,44 @@ class Census:
 
     def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
-        self._before = set(living())
+        self._before = pids()  # that live on; where one of them has ended, its number may be used again
+        self._others: set[Process] = set()  # that carry another mark: those of a test beside this one
         self._shared_before = shared()
         self._used: set[str] = set()  # shared memory that ours use, or used
+        self._seen: set[str] = set()  # new shared memory, when it was last asked who uses it
 
     def processes(self) -> list[Process]:
-        """Those that live, began since, and are ours."""
-        now = {each.pid: each for each in living() if each not in self._before}
-        ours = {pid for pid in now if self._marked(pid)}
+        """Those that live, began since, and are ours. Asked many times a second: others are not looked at again."""
+        there = pids()
+        self._before &= there
+        found = (Process.read(pid) for pid in there - self._before)
+        now = {each.pid: each for each in found if each is not None and each not in self._others}
+        marks = {pid: self._mark_of(pid) for pid in now}
+        ours = {pid for pid, mark in marks.items() if mark == self.mark}
         while more := {pid for pid, each in now.items() if pid not in ours and each.parent in {*ours, os.getpid()}}:
             ours |= more
+        self._others |= {now[pid] for pid, mark in marks.items() if mark and pid not in ours}
         return [now[pid] for pid in sorted(ours) if not _lasting(now[pid])]
 
     def shared(self) -> list[str]:
         """Shared memory that was made since, and that ours were seen to use: others on this machine make some, too."""
         new = shared() - self._shared_before
         if new - self._used:
+            self._seen = new
             self._used |= {name for each in self.processes() for name in _mapped(each.pid)}
         return sorted(new & self._used)
 
     def watch(self, over: threading.Event) -> None:
-        """Look who uses what while they live."""
+        """Look who uses what while they live: at once when there is more of it, and now and then."""
+        asked = time.monotonic()
         while not over.wait(WATCH_S):
-            self.shared()
+            if shared() - self._shared_before != self._seen or time.monotonic() - asked > AGAIN_S:
+                asked = time.monotonic()
+                self.shared()
 
-    def _marked(self, pid: int) -> bool:
-        with suppress(OSError):
-            return f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        return False
+    def _mark_of(self, pid: int) -> str:
+        words = _read(f"/proc/{pid}/environ").split(b"\0")
+        return next((word.decode().partition("=")[2] for word in words if word.startswith(f"{MARK}=".encode())), "")
 
     def left(self) -> list[str]:
         """What is there yet, a line each."""
@@ -143,10 +149,9 @@ def nothing_left(within_s: float = WITHIN_S) -> Iterator[Census]:
             os.environ[MARK] = before
 
 
-def living() -> list[Process]:
-    """All processes but zombies."""
-    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [each for pid in pids if (each := Process.read(pid)) is not None]
+def pids() -> set[int]:
+    """Of all processes, and of what is left of them."""
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
 def shared() -> set[str]:
@@ -156,14 +161,22 @@ def shared() -> set[str]:
 
 def _mapped(pid: int) -> set[str]:
     """The names in /dev/shm that a process maps."""
-    with suppress(OSError):
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        return {line.rpartition(f"{SHARED}/")[2] for line in lines if f" {SHARED}/" in line}
-    return set()
+    lines = _read(f"/proc/{pid}/maps").decode(errors="replace").splitlines()
+    return {line.rpartition(f"{SHARED}/")[2] for line in lines if f" {SHARED}/" in line}
 
 
 def _lasting(process: Process) -> bool:
-    with suppress(OSError):
-        command = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        return process.parent == os.getpid() and any(name in command for name in LASTING)
-    return False
+    return process.parent == os.getpid() and any(name in _command(process.pid) for name in LASTING)
+
+
+def _command(pid: int) -> str:
+    return _read(f"/proc/{pid}/cmdline").replace(b"\0", b" ").decode(errors="replace")
+
+
+def _read(path: str) -> bytes:
+    """Nothing, where its process has ended."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
+    except OSError:
+        return b""

@@ -41,7 +41,7 @@ def until(true: Callable[[], Any], what: str, within_s: float = START_S) -> Any:
     deadline = time.monotonic() + within_s
     while not (found := true()):
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
 
 
