@@ -222,7 +222,8 @@ def in_a_terminal(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int
 
     def controlled() -> None:
         os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        for number in (signal.SIGHUP, signal.SIGINT):  # the tests themselves may run under nohup, or in the background
+            signal.signal(number, signal.SIG_DFL)
         fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
 
     with (tmp_path / "screen").open("wb") as screen:
