@@ -140,7 +140,7 @@ class Run:
         return found
 
     def _later(self) -> list[str]:
-        """What starts when generation has begun: the first step does not wait for processor time that it takes."""
+        """What starts when a step is made: the first one does not wait for processor time that it takes."""
         shares_cores = not self._plan.config.evaluation.gpus and not isinstance(self._spawn, InProcess)
         return ["held-out"] if shares_cores and self._plan.held_out else []
 
@@ -274,7 +274,7 @@ class Run:
         """Collect what is new, and tell it in status.json. True when there were new steps."""
         fresh = await self._collect(patience_s)
         assert self._gauge is not None and self._supervisor is not None
-        if self._stopped_at is None and any(status.states[state] for state in status.states if state != "waiting"):
+        if self._stopped_at is None and fresh:
             self._supervisor.start_later()
         learner = self._learner or LearnerStatus(phase="loading", phase_s=0.0, step=status.step, version=-1)
         rows, held_out = self._history.rows, self._history.held_out
