@@ -38,10 +38,12 @@ def _end(process: psutil.Process) -> str | None:
     with suppress(psutil.Error):
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return None
-        with suppress(psutil.TimeoutExpired):
+        try:
             status = process.wait(timeout=0)
-            if status is not None:
-                return f"was ended by {status.name}" if hasattr(status, "name") else f"ended with status {status}"
+        except psutil.TimeoutExpired:  # some of its threads are still ending: how, is told when all have
+            return None
+        if status is not None:
+            return f"was ended by {status.name}" if hasattr(status, "name") else f"ended with status {status}"
     return "has ended"
 
 

@@ -88,8 +88,6 @@ class Engine:
             groups.append(group)
         packs = [schema.encode([group]) for group in groups] if self.life.rng.random() < 0.5 else []
         packs = packs or ([schema.encode(groups)] if groups else [])
-        for group in groups:
-            told(self.life.root / "payloads", group.id.draw, group.id.attempt, payload(group))
         self._save(generated=self.now["generated"] + more, calls=self.now["calls"] + 1, packs=packs, failed=failed)
         if newest > self.now["version"]:
             await self._load(newest)
@@ -135,6 +133,8 @@ class Engine:
             reach("generation.put.before")
             pack, request = now["packs"][0], f"put {now['calls']} {len(now['packs'])}"
             ids = [header.id for header in schema.headers(pack)]
+            for group in schema.decode(pack):  # what is sampled and not remembered is sampled anew, and never sent
+                told(self.life.root / "payloads", group.id.draw, group.id.attempt, payload(group))
             receipts = await self.queue.put_groups(self.name, epoch=now["epoch"], pack=pack, request=request)
             assert [receipt.id for receipt in receipts] == ids
             assert all(receipt.accepted or receipt.reason.startswith("fenced") for receipt in receipts), receipts
