@@ -17,7 +17,7 @@ help:
 	@echo "make test       lint, types and every test that is not in a long suite (at most 10 minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (about two and a half minutes)"
 	@echo "make test-long  the suites that take longer"
-	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (half an hour or so)"
+	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (about eighteen minutes)"
 	@echo "make test-trl   our losses beside TRL's own, in an environment of its own"
 	@echo "make docs       the documentation as pages, in site/"
 	@echo "make bench      the figures of benchmarks/README.md (about eight minutes, on a machine with nothing else to do)"
@@ -46,7 +46,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -q -m long
 
 test-faults: $(READY)
-	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests/faults tests/actors/engines/test_vllm_async_ends.py
+	$(BIN)/python -m pytest -q -n 4 --dist worksteal tests/faults tests/actors/engines/test_vllm_async_ends.py
 
 test-trl: $(READY) .venv-trl/.ready
 	$(BIN)/python -m pytest -q -m trl
