@@ -1,4 +1,4 @@
-"""A second host for tests: a network namespace with a Ray node in it, behind a cable that can be pulled."""
+"""A second host for tests: a network namespace with a Ray node in it, behind a cable that can be pulled or made bad."""
 
 import os
 import subprocess
@@ -10,7 +10,10 @@ from pathlib import Path
 
 import psutil
 
-NEAR, FAR, PORT = "10.99.0.1", "10.99.0.2", 6399
+from tests.faults.cable import device
+
+OWN = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # others may have two hosts at the same time
+NEAR, FAR, PORT = f"10.99.{OWN}.1", f"10.99.{OWN}.2", 6399 + OWN
 STARTED = "This command will now block"
 WAIT_S = 60.0
 CURRENT = Path("/tmp/ray/ray_current_cluster")  # where Ray notes the last head that was started by hand
@@ -21,62 +24,87 @@ class Hosts:
     """The near one has the head and the driver, the far one engines."""
 
     def __init__(self, space: str) -> None:
-        self._space = space
-        self._cable = f"{space}-near"
+        self.space, self.near, self.far = space, f"{space}-near", f"{space}-far"
+        self._cable = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.cable", self.near, self.far],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         self.address = f"{NEAR}:{PORT}"
+        assert self._cable.stdout is not None and self._cable.stdout.readline(), "there is no cable"
 
     def pull(self) -> None:
         """Nothing passes any more."""
-        _ip("link", "set", self._cable, "down")
-
-    def worsen(self, *how: str) -> str:
-        """A bad line, as `tc netem` has it: "delay", "200ms". Returns why there can be none here; "" when done."""
-        command = ("tc", "qdisc", "add", "dev", self._cable, "root", "netem", *how)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return f"no line can be made worse here: {done.stderr.strip()}" if done.returncode else ""
+        _ip("link", "set", self.near, "down")
 
     def plug(self) -> None:
-        _ip("link", "set", self._cable, "up")
+        _ip("link", "set", self.near, "up")
+
+    def worsen(self, *, delay_s: float, loss: float) -> None:
+        """A bad line from now on, both ways."""
+        assert self._cable.stdin is not None
+        print(delay_s, loss, file=self._cable.stdin, flush=True)
+
+    def end(self) -> None:
+        """The cable, and both its ends."""
+        self._cable.communicate()
 
 
 def can_be_made() -> str:
     """Why there can be none here; "" where there can."""
     try:
         _ip("netns", "list")
-        _ip("netns", "add", "mr-try")
-        _ip("netns", "del", "mr-try")
+        _ip("netns", "add", f"mr-try{OWN}")
+        _ip("netns", "del", f"mr-try{OWN}")
+        os.close(device(f"mr-try{OWN}"))
     except (OSError, subprocess.CalledProcessError) as caught:
         return f"no network namespace can be made here: {caught}"
     return ""
 
 
 @contextmanager
+def joined() -> Iterator[Hosts]:
+    """Both, with a cable between them and nothing on them."""
+    hosts = Hosts(f"mr{os.getpid() % 100_000}")
+    try:
+        _ip("netns", "add", hosts.space)
+        try:
+            _ip("link", "set", hosts.far, "netns", hosts.space)
+            _ip("addr", "add", f"{NEAR}/24", "dev", hosts.near)
+            inside = ("netns", "exec", hosts.space, "ip")
+            _ip(*inside, "addr", "add", f"{FAR}/24", "dev", hosts.far)
+            _ip(*inside, "link", "set", hosts.far, "up")
+            _ip(*inside, "link", "set", "lo", "up")
+            hosts.plug()
+            yield hosts
+        finally:
+            _ip("netns", "del", hosts.space)
+    finally:
+        hosts.end()
+
+
+def beyond(hosts: Hosts) -> tuple[str, ...]:
+    """What begins a command that runs on the far one."""
+    return ("ip", "netns", "exec", hosts.space)
+
+
+@contextmanager
 def two_hosts(folder: Path) -> Iterator[Hosts]:
     """Both, with a Ray cluster over them."""
-    hosts = Hosts(f"mr{os.getpid() % 100_000}")
-    space, near, far = hosts._space, hosts._cable, f"{hosts._space}-far"
-    inside = ("netns", "exec", space, "ip")
-    _ip("netns", "add", space)
-    nodes: list[subprocess.Popen[bytes]] = []
-    try:
-        _ip("link", "add", near, "type", "veth", "peer", "name", far)
-        _ip("link", "set", far, "netns", space)
-        _ip("addr", "add", f"{NEAR}/24", "dev", near)
-        _ip(*inside, "addr", "add", f"{FAR}/24", "dev", far)
-        _ip(*inside, "link", "set", far, "up")
-        _ip(*inside, "link", "set", "lo", "up")
-        hosts.plug()
-        head = ("--head", f"--node-ip-address={NEAR}", f"--port={PORT}", "--include-dashboard=false")
-        nodes.append(_ray(folder / "near.log", (), head))
-        join = (f"--address={hosts.address}", f"--node-ip-address={FAR}")
-        nodes.append(_ray(folder / "far.log", ("ip", "netns", "exec", space), join))
-        yield hosts
-    finally:
-        for node in reversed(nodes):
-            _end(node)
-        if CURRENT.exists() and CURRENT.read_text().strip() == hosts.address:
-            CURRENT.unlink()  # or whoever calls ray.init() next looks for this head
-        _ip("netns", "del", space)
+    with joined() as hosts:
+        nodes: list[subprocess.Popen[bytes]] = []
+        try:
+            head = ("--head", f"--node-ip-address={NEAR}", f"--port={PORT}", "--include-dashboard=false")
+            nodes.append(_ray(folder / "near.log", (), head))
+            join = (f"--address={hosts.address}", f"--node-ip-address={FAR}")
+            nodes.append(_ray(folder / "far.log", beyond(hosts), join))
+            yield hosts
+        finally:
+            for node in reversed(nodes):
+                _end(node)
+            if CURRENT.exists() and CURRENT.read_text().strip() == hosts.address:
+                CURRENT.unlink()  # or whoever calls ray.init() next looks for this head
 
 
 def _ray(log: Path, where: tuple[str, ...], options: tuple[str, ...]) -> subprocess.Popen[bytes]:
