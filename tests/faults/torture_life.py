@@ -17,6 +17,7 @@ from millrace.core.replay import queue as queue_module
 from millrace.core.replay.disk import DiskJournal
 from millrace.core.replay.queue import ReplayQueue
 from millrace.core.types import Group, GroupVerdict, Lease, Rollout, Verdict, VerdictKind, VersionRun, WorkerId
+from millrace.core.weight_files import VersionGoneError
 from millrace.core.weight_store import FileWeightStore
 from millrace.core.weights import mapped
 from tests.faults.torture_learner import ChainLearner
@@ -103,8 +104,13 @@ class Engine:
         return orders.newest_version
 
     async def _load(self, version: int) -> None:
-        handle = await self.life.store.fetch(version)
-        weights = bytes(mapped(handle)).decode()
+        while True:
+            handle = await self.life.store.fetch(version)
+            try:
+                weights = bytes(mapped(handle)).decode()
+                break
+            except VersionGoneError:  # newer ones came in between, as they may: a worker fetches those
+                version = await self._heartbeat({})
         self._save(version=handle.manifest.version, weights=weights)
 
     async def _sample(self, lease: Lease) -> Group:
