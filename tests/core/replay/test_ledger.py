@@ -190,13 +190,20 @@ def test_too_few_valid_verdicts_fail_the_group(size, broken, cause):
     assert desk.state.books.table()[f"failed:{cause}"] == 5
 
 
-def test_a_score_that_is_no_number_is_refused():
+@pytest.mark.parametrize(
+    ("verdict", "why"),
+    [
+        (Verdict(kind=VerdictKind.SCORED, score=float("nan")), "rollout 0 has score nan"),
+        (Verdict(kind=VerdictKind.SCORED, score=0.0, components={"a": float("inf")}), "component 'a' = inf"),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(verdict, why):
     desk = Desk(judge_retries=0)
     desk.put(*desk.lease())
     (group,) = desk.ledger.lease_groups("reward-0", epoch=desk.judges["reward-0"], want=1, request="x")
-    verdict = GroupVerdict(id=group, verdicts=(Verdict(kind=VerdictKind.SCORED, score=float("nan")),))
-    (receipt,) = desk.ledger.put_verdicts("reward-0", epoch=desk.judges["reward-0"], verdicts=[verdict])
-    assert not receipt.accepted and "rollout 0 has score nan" in receipt.reason
+    sheet = [GroupVerdict(id=group, verdicts=(verdict,))]
+    (receipt,) = desk.ledger.put_verdicts("reward-0", epoch=desk.judges["reward-0"], verdicts=sheet)
+    assert not receipt.accepted and why in receipt.reason
 
 
 def test_a_lost_judge_costs_no_tokens_until_it_is_lost_too_often():
