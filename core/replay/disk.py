@@ -184,7 +184,7 @@ class DiskJournal:
             connection.execute("update meta set value = ? where key = 'packs'", (str(self._next - 1),))
             connection.executemany("delete from packs where segment = ?", [(number,) for number in gone])
 
-        with suppress(JournalError):  # the next flush, or the next opening, does it
+        with suppress(JournalError), self._lock:  # the next flush, or the next opening, does it
             self._transaction(forget, bytes_needed=4096)
             self._pending.folded()
             self._gone = [number for number in self._gone if number not in gone]
@@ -200,8 +200,9 @@ class DiskJournal:
             self._pending.fold(connection)
             reach("journal.compact")
 
-        self._transaction(replace, bytes_needed=len(text))
-        self._pending.folded()
+        with self._lock:  # an export may fold at the same time
+            self._transaction(replace, bytes_needed=len(text))
+            self._pending.folded()
         self._behind = 1
 
     def _transaction(self, write: Any, *, bytes_needed: int) -> None:

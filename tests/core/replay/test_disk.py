@@ -1,15 +1,11 @@
-"""The journal on disk: who may open it, what it keeps, what it lets go, and older files."""
+"""The journal on disk: who may open it, what it keeps, and what it lets go."""
 
-import asyncio
-import json
 import pickle
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-import zlib
-from contextlib import closing
 from pathlib import Path
 from threading import Timer
 
@@ -19,12 +15,12 @@ import pyarrow.dataset
 import pytest
 
 from millrace.core import schema
-from millrace.core.errors import ConfigError, JournalError, LedgerError, PayloadError
+from millrace.core.errors import ConfigError, JournalError, PayloadError
 from millrace.core.replay import ledger_file, syncer
 from millrace.core.replay.disk import DiskJournal
 from millrace.core.replay.journal import JournalConfig, Outcome
 from millrace.core.types import Group, GroupId, Prompt, Rollout, VersionRun
-from tests.core.replay.life import Life, as_killed
+from tests.core.replay.life import as_killed
 
 
 def pack_of(*draws: int, tokens: int = 4) -> bytes:
@@ -307,67 +303,6 @@ def test_a_mount_point_with_a_space_and_a_longer_name_beside_it(tmp_path: Path) 
     assert ledger_file.filesystem(tmp_path / "runs", mounts)[0] == "ext4"
 
 
-def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    journal(tmp_path).close()
-    file = sqlite3.connect(tmp_path / "ledger.sqlite")
-    file.execute("update meta set value = '99' where key = 'version'")
-    file.commit()
-    file.close()
-    with pytest.raises(LedgerError, match="schema version 99, and this millrace knows up to"):
-        journal(tmp_path)
-
-
-def records_in(connection: sqlite3.Connection) -> list[dict]:
-    rows = [json.loads(text) for (text,) in connection.execute("select record from records order by number")]
-    return [record for row in rows for record in row["records"]]
-
-
-def test_a_run_of_version_1_goes_on(tmp_path: Path) -> None:
-    """A row for each record, every fact in its table: nothing is drawn again."""
-
-    async def main() -> None:
-        old = Life(tmp_path / "run")
-        await old.begin()
-        await old.one_step()
-        await old.commit()
-        await old.generate()
-        status = await old.queue.status()
-        await old.queue.close()
-        file = sqlite3.connect(tmp_path / "run" / "ledger.sqlite")
-        texts = [json.dumps(record) for record in records_in(file)]
-        file.execute("delete from records")
-        rows = [(text, zlib.crc32(text.encode())) for text in texts]
-        file.executemany("insert into records (record, crc32) values (?, ?)", rows)
-        file.execute("delete from meta where key = 'folded'")
-        file.execute("update meta set value = '1' where key = 'version'")
-        file.commit()
-        file.close()
-        new = Life(tmp_path / "run")
-        assert (await new.queue.status()).states == status.states
-        new.generated = old.generated
-        await new.begin()
-        while new.step < 4:
-            await new.one_step()
-        await new.commit()
-        after = await new.queue.status()
-        assert after.states["committed"] == 8 and after.tokens["unaccounted"] == 0
-        assert "failed:lost" not in after.tokens and not new.journal.damage
-        await new.queue.close()
-
-    asyncio.run(main())
-
-
-def test_a_damaged_row_of_version_1_is_named(tmp_path: Path) -> None:
-    journal(tmp_path).close()
-    file = sqlite3.connect(tmp_path / "ledger.sqlite")
-    file.execute('insert into records (record, crc32) values (\'{"op":"x"}\', 7)')
-    file.execute("update meta set value = '1' where key = 'version'")
-    file.commit()
-    file.close()
-    with pytest.raises(JournalError, match=r"ledger\.sqlite is damaged: record 1 has another checksum"):
-        journal(tmp_path)
-
-
 def test_facts_of_rows_that_are_not_folded_are_read_from_them(tmp_path: Path) -> None:
     own = journal(tmp_path)
     locations = own.store(pack_of(1, 2), [0, 1], of=2)
@@ -397,43 +332,6 @@ def test_facts_are_folded_once(tmp_path: Path) -> None:
     other = journal(copy, keep_rollouts="needed")
     assert not other.damage
     assert {each for (each,) in other._connection.execute("select segment from packs")} <= gone | {max(gone) + 1}
-
-
-def test_a_run_of_version_0_goes_on(tmp_path: Path) -> None:
-    """Lines of JSON and no payloads, the last line torn: what was committed stays, the rest is drawn again."""
-
-    async def main() -> None:
-        old = Life(tmp_path / "other")
-        await old.begin()
-        await old.one_step()
-        await old.commit()
-        await old.generate()
-        records = [json.dumps(record) for record in records_in(old.journal._connection)]
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "ledger.jsonl").write_text("\n".join([*records, '{"op":"comm']))
-        new = Life(tmp_path / "run")
-        await new.begin()
-        assert (new.resumption.step, new.resumption.directory) == (1, "step_1")
-        while new.step < 4:
-            await new.one_step()
-        await new.commit()
-        status = await new.queue.status()
-        assert status.states["committed"] == 8 and status.tokens["failed:lost"] > 0
-        assert status.tokens["unaccounted"] == 0
-        await new.queue.close()
-        size = sum(len(record) + 1 for record in records)
-        with closing(sqlite3.connect(tmp_path / "run" / "ledger.sqlite")) as file:
-            assert file.execute("select min(pack) from packs").fetchone()[0] > size
-        assert len(list(DiskJournal(tmp_path / "run", JournalConfig()).records())) > len(records)
-
-    asyncio.run(main())
-
-
-def test_a_broken_line_of_version_0_is_named(tmp_path: Path) -> None:
-    (tmp_path / "ledger.jsonl").write_text(json.dumps({"op": "x"}) + '\n{"op": "y"\n{}\n')
-    with pytest.raises(JournalError, match=r"ledger\.jsonl.*line 2"):
-        journal(tmp_path)
-    assert not (tmp_path / "ledger.holder").exists()
 
 
 def test_a_row_that_was_never_there_is_not_held(tmp_path: Path) -> None:
