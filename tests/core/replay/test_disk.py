@@ -184,6 +184,21 @@ def test_a_commit_is_answered_when_no_loss_of_power_can_undo_it(
     assert written == ["trained", "ledger.sqlite-wal", "committed", "announced"]
 
 
+def test_payloads_are_made_safe_before_the_rows_that_name_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(syncer, "_fsync", lambda path: written.append(path.name) or "")
+    own = journal(tmp_path, fsync_s=0.01)
+    for draw in range(2):  # the second time it is told while the thread knows of nothing, too
+        written.clear()
+        own.store(pack_of(draw), [0], of=1)
+        own.flush()
+        deadline = time.monotonic() + 10
+        while "ledger.sqlite-wal" not in written and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert written == ["_000000.arrow", "ledger.sqlite-wal"]
+    own.close()
+
+
 def test_a_closed_journal_says_so(tmp_path: Path) -> None:
     own = journal(tmp_path)
     own.close()
