@@ -45,8 +45,8 @@ def test_a_child_that_outlives_a_killed_run_does_not_hold_it(tmp_path: Path) -> 
     code = (
         "import os, time; from pathlib import Path; from millrace.cluster.run_directory import held\n"
         f"with held(Path({str(tmp_path)!r})):\n"
-        "    child = os.fork()\n"
-        "    if child: print(child, flush=True); os.kill(os.getpid(), 9)\n"
+        "    if os.fork(): os.kill(os.getpid(), 9)\n"
+        "    print(os.getpid(), flush=True)\n"  # what a fork does to the lock is done by now
         "    time.sleep(1000)"
     )
     done = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
