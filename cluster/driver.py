@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from millrace.cluster import guard, run_directory
+from millrace.cluster.ahead import Ahead
 from millrace.cluster.ears import INTERRUPTED, Brake, Driven, Ears
 from millrace.cluster.lines import Lines
 from millrace.core.errors import MillraceError
@@ -29,22 +30,27 @@ def main(file: int) -> int:
     with link.makefile("rb") as lines:
         request: dict[str, Any] = json.loads(lines.readline())
     sys.path[:] = request["path"]
+    ahead = Ahead()
     try:
         if request["address"] is not None:
             import_module("millrace.cluster.runtime").knock(request["address"])
         configs = import_module("millrace.cluster.config")
         config = configs.of(request["config"], root=Path("/"), source="the job's configuration")
-        _drive(config, request, link, ears)
+        if request["address"] is None and not request["local"]:
+            ahead.begin(config)
+        _drive(config, request, link, ears, ahead)
     except MillraceError as caught:
         traceback.print_exc()
         _answer(link, {"kind": type(caught).__name__, "message": str(caught)})
+        ahead.abandon(1)
         return 1
     except KeyboardInterrupt:
+        ahead.abandon(INTERRUPTED)
         return INTERRUPTED
     return 0
 
 
-def _drive(config: Any, request: dict[str, Any], link: socket.socket, ears: Ears) -> None:
+def _drive(config: Any, request: dict[str, Any], link: socket.socket, ears: Ears, ahead: Ahead) -> None:
     jobs = import_module("millrace.cluster.jobs")  # and with it torch: seconds, in which the ears are open
     with jobs.ready(config, resume=request["resume"], mark=os.environ.get(guard.MARK)) as (plan, snapshot):
         brake = Brake()
@@ -64,6 +70,7 @@ def _drive(config: Any, request: dict[str, Any], link: socket.socket, ears: Ears
                 resume=request["resume"],
                 say=say,
                 brake=brake,
+                ahead=ahead,
             )
 
 

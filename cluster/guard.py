@@ -11,6 +11,7 @@ is a script of the standard library alone, a few megabytes; it needs /proc, and 
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 RUN = "MILLRACE_RUN"  # the run directory, for whoever looks at a process
 MARK = "MILLRACE_GUARD"  # one incarnation's own
@@ -32,7 +34,10 @@ TRACKERS_S = 1.0  # for trackers to do so
 CALM_S = 0.05  # between two looks that must both find nothing
 LEAVE_S = 10.0  # that a driver waits for its guard
 
+HOLD, LEAVE, END_ALL = b"hold", b"leave", b"end all"  # what a guard is told
+
 _guarding = False
+_early: "Told | None" = None  # a guard that guards already, for the block that comes
 
 
 def fresh_mark() -> str:
@@ -50,14 +55,17 @@ def guarded(directory: Path | None = None, *, lock: int | None = None, mark: str
         mark: that this process carries since it was started, because it exists for this run alone: then all that is
             left at the end of the block is ended as well. Otherwise only the death of this process ends anything.
     """
-    global _guarding
-    if _guarding or not PROCESSES.is_dir():
+    global _guarding, _early
+    mine = _early is not None and lock is not None
+    if (_guarding and not mine) or not PROCESSES.is_dir():
         yield
         return
     own, mark = mark is not None, mark or fresh_mark()
     marks = {MARK: mark, **PLAIN} | ({} if directory is None else {RUN: str(directory)})
     before = {name: os.environ.get(name) for name in marks}
-    process = _started(mark, lock)
+    told, _early = _early or _started(mark), None
+    if lock is not None:
+        socket.send_fds(told.link, [HOLD + b"\n"], [lock])
     os.environ.update(marks)
     _guarding = True
     try:
@@ -65,23 +73,48 @@ def guarded(directory: Path | None = None, *, lock: int | None = None, mark: str
     finally:
         _guarding = False
         _restore(before)
-        _dismiss(process, b"end all" if own else b"leave")
+        _dismiss(told, END_ALL if own else LEAVE)
 
 
-def _started(mark: str, lock: int | None) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, mark, str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=() if lock is None else (lock,),
-        cwd="/",
-        start_new_session=True,  # the terminal's signals are not for it
-    )
-    assert process.stdin is not None
-    process.stdin.write(b"\0".join(map(os.fsencode, _names())).replace(b"\n", b"") + b"\n")
-    process.stdin.flush()
-    return process
+def guard_early(mark: str) -> None:
+    """Guard what this process starts before it holds its directory. The block that holds it goes on with this guard.
+
+    Args:
+        mark: that this process carries since it was started, because it exists for this run alone.
+    """
+    global _guarding, _early
+    if PROCESSES.is_dir():
+        _early, _guarding = _started(mark), True
+
+
+def end_early() -> None:
+    """There will be no such block: end what was started."""
+    global _guarding, _early
+    if _early is not None:
+        _dismiss(_early, END_ALL)
+        _early, _guarding = None, False
+
+
+class Told(NamedTuple):
+    """A guard's process, and the way to tell it something."""
+
+    process: subprocess.Popen[bytes]
+    link: socket.socket
+
+
+def _started(mark: str) -> Told:
+    link, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", __file__, mark, str(os.getpid())],
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,  # the terminal's signals are not for it
+        )
+    link.sendall(b"\0".join(map(os.fsencode, _names())).replace(b"\n", b"") + b"\n")
+    return Told(process, link)
 
 
 def _restore(before: Mapping[str, str | None]) -> None:
@@ -92,9 +125,10 @@ def _restore(before: Mapping[str, str | None]) -> None:
             os.environ[name] = value
 
 
-def _dismiss(process: subprocess.Popen[bytes], word: bytes) -> None:
-    with suppress(BrokenPipeError, subprocess.TimeoutExpired):
-        process.communicate(word, timeout=LEAVE_S)
+def _dismiss(told: Told, word: bytes) -> None:
+    with told.link, suppress(OSError, subprocess.TimeoutExpired):
+        told.link.sendall(word + b"\n")
+        told.process.wait(timeout=LEAVE_S)
 
 
 def main(mark: str, driver: int) -> None:
@@ -102,7 +136,7 @@ def main(mark: str, driver: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     guard = Guard(mark, driver)
-    if guard.watch() != b"leave":
+    if guard.watch() != LEAVE:
         guard.sweep()
 
 
@@ -112,27 +146,32 @@ class Guard:
     def __init__(self, mark: str, driver: int) -> None:
         self._mark = f"{MARK}={mark}".encode()
         self._driver = driver
+        self._link = socket.socket(fileno=0)
+        self._held: list[int] = []  # descriptors of locks
         self._alive = True
         self._not_ours: set[str] = set()  # names in /dev/shm that were there before
         self._shared: set[str] = set()  # names in /dev/shm that marked processes use, or used
 
     def watch(self) -> bytes:
         """Until the driver has ended, or says that it is about to. Returns its word."""
-        line = b""
-        while b"\n" not in line:
-            if not (more := os.read(0, 65536)):
-                return self._ended(b"")
-            line += more
-        before, _, word = line.partition(b"\n")
-        self._not_ours = set(map(os.fsdecode, before.split(b"\0")))
-        if word:
-            return self._ended(word)
         watched: list[int] = [0]
-        with suppress(OSError, AttributeError):  # an old kernel, or it has ended: its end of the pipe closes, too
+        with suppress(OSError, AttributeError):  # an old kernel, or it has ended: its end of the link closes, too
             watched.append(os.pidfd_open(self._driver))
-        while not (ready := select.select(watched, [], [], POLL_S)[0]):
-            self._attribute()
-        return self._ended(os.read(0, 64) if 0 in ready else b"")
+        said, knows = b"", False
+        while True:
+            if not (ready := select.select(watched, [], [], POLL_S)[0]):
+                self._attribute()
+                continue
+            more, locks = socket.recv_fds(self._link, 65536, 1)[:2] if 0 in ready else (b"", [])
+            self._held += locks
+            if not more:
+                return self._ended(b"")
+            *lines, said = (said + more).split(b"\n")
+            for line in lines:
+                if not knows:
+                    self._not_ours, knows = set(map(os.fsdecode, line.split(b"\0"))), True
+                elif line != HOLD:
+                    return self._ended(line)
 
     def _ended(self, word: bytes) -> bytes:
         self._alive = bool(word)

@@ -7,7 +7,6 @@ import asyncio
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from millrace.cluster import config as configs
 from millrace.cluster import run_directory
+from millrace.cluster.ahead import Ahead
 from millrace.cluster.config import RunConfig
 from millrace.cluster.ears import LEAVE_S, STOP_S, UNWIND_S, Brake, stopped
 from millrace.cluster.guard import guarded
@@ -23,12 +23,12 @@ from millrace.cluster.pulse import death
 from millrace.cluster.report import build as report
 from millrace.cluster.run import Run
 from millrace.cluster.run_directory import held
-from millrace.cluster.runtime import ray_cluster
 from millrace.cluster.snapshot import Failure, Snapshot
 from millrace.cluster.snapshot import read as read_status
-from millrace.cluster.spawn import OnRay, Spawn, here
+from millrace.cluster.spawn import Spawn, here
 from millrace.cluster.supervised import SupervisedRun
 from millrace.core.errors import ComponentLost, ConfigError, MillraceError, boundary
+from millrace.core.references import find_beside
 
 Say = Callable[[str], None]
 
@@ -68,8 +68,7 @@ def train(
 
 def dry_run(config: RunConfig, *, resume: bool = False) -> Plan:
     """Check everything that can be checked before a run, its directory among it, and say what would run."""
-    if (beside := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, beside)  # "package.module:function" beside the user
+    find_beside(Path.cwd())
     plan = make_plan(config)
     _check_directory(plan, resume=resume)
     return plan
@@ -106,10 +105,12 @@ def execute(
     resume: bool,
     say: Say,
     brake: Brake | None = None,
+    ahead: Ahead | None = None,
 ) -> Mapping[str, Any]:
     """Run what `ready` gave; however it ends, status.json says so.
 
     Args:
+        ahead: what was begun of it already.
         brake: the caller hears the signals and pulls it; without one Ctrl-C and SIGTERM are heard here.
     """
     say(str(plan))
@@ -118,8 +119,7 @@ def execute(
             _refuse_two_engines(plan)
             with _reported(plan, say):
                 return asyncio.run(_driven(plan, snapshot, here, resume, say, brake))
-        with ray_cluster(address), _reported(plan, say):
-            spawn = OnRay()
+        with (ahead or Ahead()).cluster(address) as spawn, _reported(plan, say):
             try:
                 return asyncio.run(_driven(plan, snapshot, spawn, resume, say, brake, death(address)))
             finally:

@@ -2,13 +2,16 @@
 
 import gc
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import ray
 
-from millrace.cluster.direct import Door
+from millrace.cluster.direct import Door, same_user
+from millrace.core.errors import MillraceError
 
 Component = type | str  # its class, or where that is: "package.module:Class"
 
@@ -63,6 +66,21 @@ class Lasting(Process):
         whole = ray.get(kept[0][0]) if isinstance(kept[0], list) else ray.cloudpickle.loads(b"".join(kept))
         super().__init__(*whole)
         _settle(COLLECTED_AT)
+
+
+class Early(Process):
+    """The process of a component that is started before its arguments are known, see `OnRay.ahead`."""
+
+    def __init__(self, prepare: Callable[[], object], address: str) -> None:
+        with suppress(MillraceError):  # the component meets it again, and says so
+            prepare()
+        with socket.socket(socket.AF_UNIX) as link:
+            link.connect(f"\0{address}")
+            if not same_user(link):
+                raise PermissionError(f"{address} is a socket of another user")
+            with link.makefile("rb") as file:
+                whole = file.read()
+        super().__init__(*ray.cloudpickle.loads(whole))
 
 
 def _settle(thresholds: tuple[int, int, int]) -> None:

@@ -5,7 +5,11 @@ both return a handle on which `await handle.method(...)` means the same, from an
 """
 
 import asyncio
+import secrets
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
 from typing import Any, Protocol
 
 import ray
@@ -22,12 +26,13 @@ from ray.exceptions import (
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from millrace.cluster.direct import Cut, Lines
-from millrace.cluster.process import Component, Lasting, Process, found
+from millrace.cluster.process import Component, Early, Lasting, Process, found
 from millrace.cluster.supervise.nurse import Nurse
 from millrace.core.errors import ConfigError
 
 PIECE_BYTES, DESCRIBED_BYTES = 64 * 2**10, 8 * 2**20  # Ray takes arguments of 100 KiB each and 10 MiB in all in place
 KILLED = "its process was killed, or crashed"
+AHEAD_S = 300.0  # that a process which was started ahead may take until it takes its arguments
 MARK, END_OF_FILE = "Worker exit detail:", "connection error code 2"  # in what Ray says of a dead actor
 
 
@@ -196,6 +201,7 @@ class OnRay:
         self._nurses: dict[str, Any] = {}
         self._fitted: set[str] = set()  # names that found their GPUs: where a machine was lost, it may come back
         self._arguments: dict[str, Any] = {}  # of lasting ones, in Ray's object store
+        self._ahead: dict[str, socket.socket] = {}  # where those that were started ahead ask for theirs
 
     def __call__(
         self,
@@ -214,22 +220,30 @@ class OnRay:
                 "lower `gpus` in the run's configuration, or join a cluster with --address"
             )
         self._fitted.add(name)
-        # Methods of one actor run concurrently: a long poll must not hold a heartbeat.
-        options: dict[str, Any] = {
-            "num_cpus": 0,
-            "num_gpus": gpus,
-            "max_concurrency": 1000,
-            "max_restarts": -1 if lasting else 0,
-        }
+        whole = (component, args, kwargs)
+        if (listener := self._ahead.pop(name, None)) is not None:
+            Thread(target=_hand, args=(listener, ray.cloudpickle.dumps(whole)), daemon=True).start()
+            return Handle(self._actors[name], name)
+        options: dict[str, Any] = {"num_gpus": gpus, "max_restarts": -1 if lasting else 0}
         if home:
             options["scheduling_strategy"] = _on(ray.get_runtime_context().get_node_id())
         self.end(name)
-        whole = (component, args, kwargs)
-        # Ray wraps the methods of the class it is given, in place.
-        own = type(_short(component), (self.LASTING if lasting else self.PROCESS,), {})
-        actor = ray.remote(own).options(**options).remote(*(self._kept(name, whole) if lasting else whole))
-        self._actors[name] = actor
-        return Handle(actor, name, near=lasting)
+        given = self._kept(name, whole) if lasting else whole
+        self._actors[name] = _actor(self.LASTING if lasting else self.PROCESS, component, options, given)
+        return Handle(self._actors[name], name, near=lasting)
+
+    def ahead(self, component: Component, prepare: Callable[[], object], *, name: str, gpus: float = 0) -> None:
+        """Start the process of a component on this machine that will be spawned by this name, not lasting.
+
+        Args:
+            prepare: what it does until its arguments are known: imports.
+        """
+        address = f"millrace-ahead-{secrets.token_hex(16)}"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"\0{address}")
+        listener.listen(1)
+        self._ahead[name] = listener
+        self._actors[name] = _actor(Early, component, {"num_gpus": gpus}, (prepare, address))
 
     def _kept(self, name: str, arguments: Any) -> tuple[Any, ...]:
         """Arguments that a restarted process gets again: Ray forgets large ones when they were used once.
@@ -244,6 +258,8 @@ class OnRay:
         return ([self._arguments[name]],)
 
     def end(self, name: str) -> None:
+        if (listener := self._ahead.pop(name, None)) is not None:
+            listener.close()
         actor = self._actors.pop(name, None)
         if actor is not None:
             ray.kill(actor, no_restart=True)
@@ -263,6 +279,22 @@ class OnRay:
         """End every actor that was spawned; those that ended already do not mind."""
         for name in tuple(self._actors):
             self.end(name)
+
+
+def _actor(process: type[Process], component: Component, options: Mapping[str, Any], given: Sequence[Any]) -> Any:
+    # Ray wraps the methods of the class it is given, in place. Methods of one actor run concurrently: a long poll must
+    # not hold a heartbeat.
+    own = type(_short(component), (process,), {})
+    return ray.remote(own).options(num_cpus=0, max_concurrency=1000, **options).remote(*given)
+
+
+def _hand(listener: socket.socket, whole: bytes) -> None:
+    """Give a process that was started ahead its arguments; one that has ended is found by its pings."""
+    listener.settimeout(AHEAD_S)
+    with listener, suppress(OSError):
+        link, _ = listener.accept()
+        with link:
+            link.sendall(whole)
 
 
 def _short(component: Component) -> str:

@@ -27,6 +27,12 @@ def is_reference(name: str) -> bool:
     return ":" in name
 
 
+def find_beside(directory: Path) -> None:
+    """Let "package.module:function" be found in this directory."""
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+
+
 def absolute(reference: str, root: Path) -> str:
     """The same reference with its file's path absolute; what is no file reference stays.
 

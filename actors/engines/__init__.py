@@ -3,6 +3,7 @@
 import os
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution
+from types import ModuleType
 from typing import Any
 
 from millrace.core.errors import ConfigError, EngineError, nearest
@@ -32,17 +33,25 @@ def engine(name: str, **options: Any) -> Engine:
     """
     if name not in ENGINES:
         raise ConfigError(f"no engine is called '{name}'{nearest(name, ENGINES)} There are {', '.join(ENGINES)}.")
+    built: Engine = getattr(imported(name), ENGINES[name])(**options)
+    return built
+
+
+def imported(name: str) -> ModuleType:
+    """The module of an engine, with its package: seconds, the first time.
+
+    Raises:
+        EngineError: its package does not import here.
+    """
     if name.startswith("vllm"):
         _prepare_vllm()
     try:
-        module = import_module(f"millrace.actors.engines.{name}")
+        return import_module(f"millrace.actors.engines.{name}")
     except (ImportError, OSError, RuntimeError, AttributeError) as caught:
         raise EngineError(
             f"engine '{name}' does not import here ({type(caught).__name__}: {caught}): install "
             f'{_package(name)}, or set engine = "transformers", which runs wherever torch does'
         ) from caught
-    built: Engine = getattr(module, ENGINES[name])(**options)
-    return built
 
 
 def _prepare_vllm() -> None:

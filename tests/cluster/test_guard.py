@@ -77,6 +77,52 @@ def test_nothing_of_a_driver_is_left_and_its_directory_is_held_until_then(tmp_pa
         process.wait()
 
 
+EARLY = """
+import os, subprocess, sys
+from pathlib import Path
+from millrace.cluster import guard
+from millrace.cluster.run_directory import held
+
+mark = os.environ[guard.MARK]
+guard.guard_early(mark)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], start_new_session=True)
+with guard.guarded():  # Ray's, in a thread
+    pass
+if sys.argv[2] == "before":
+    print(child.pid, flush=True)
+    sys.stdin.readline()
+    guard.end_early()
+    os._exit(1)
+with held(Path(sys.argv[1])) as lock, guard.guarded(Path(sys.argv[1]), lock=lock, mark=mark):
+    print(child.pid, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("phase", ["before", "within"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_is_started_before_a_directory_is_held_ends_too(tmp_path: Path, phase: str, killed: bool) -> None:
+    with nothing_left(within_s=WITHIN_S):
+        process = subprocess.Popen(
+            [sys.executable, "-c", EARLY, str(tmp_path), phase],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, guard.MARK: guard.fresh_mark()},
+        )
+        assert process.stdin is not None and process.stdout is not None
+        child = int(process.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        assert is_held(tmp_path) == (phase == "within")
+        if killed:
+            process.kill()
+        else:
+            process.stdin.close()
+        process.wait()
+        until(lambda: not Path(f"/proc/{child}").exists(), "the end of the child")
+        until(lambda: not is_held(tmp_path), "the end of the guard")
+        process.stdout.close()
+
+
 def test_where_others_work_too_only_death_ends_what_was_started(tmp_path: Path) -> None:
     before = dict(os.environ)
     with held(tmp_path) as lock, guard.guarded(tmp_path, lock=lock):

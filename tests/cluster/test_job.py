@@ -26,6 +26,7 @@ from millrace.core.errors import (
     RecipeError,
     RewardError,
 )
+from tests.faults.leaks import nothing_left
 
 pytestmark = pytest.mark.ray
 
@@ -138,6 +139,12 @@ def test_what_is_wrong_is_raised_where_it_was_submitted(make_run: Any, tmp_path:
         Job.submit(make_run(recipe="grpo_kl"), local=True)
     with pytest.raises(ConfigError, match=r"joining the Ray cluster at 127\.0\.0\.1:1 .*Connection refused"):
         Job.submit(make_run(), address="127.0.0.1:1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_leaves_nothing_of_what_was_begun_beside_the_check(make_run: Any, tmp_path: Path) -> None:
+    with nothing_left(), pytest.raises(RecipeError, match="asks for reference_logprob_N"):
+        Job.submit(make_run(recipe="grpo_kl"))
     assert not list(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,6 +61,27 @@ class Stillborn:
         pass
 
 
+class Prepared:
+    imported = 0  # in this process
+
+    def __init__(self, other: Handle) -> None:
+        self.found = Prepared.imported
+        self.other = other
+
+    async def prepared(self) -> int:
+        """How often, when it was made."""
+        return self.found
+
+    async def add(self, much: int) -> int:
+        return int(await self.other.add(much))
+
+
+def prepare(well: bool) -> None:
+    Prepared.imported += 1
+    if not well:
+        raise ModelError("its package does not import here")
+
+
 class Relay:
     def __init__(self, other: Handle) -> None:
         self.other = other
@@ -107,6 +129,38 @@ def test_components_on_ray(cluster: None) -> None:
     spawn = OnRay()
     asyncio.run(use(spawn))
     spawn.kill()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("well", [True, False])
+def test_a_process_that_was_started_ahead_gets_its_component_when_it_is_spawned(cluster: None, well: bool) -> None:
+    async def main() -> None:
+        spawn = OnRay()
+        spawn.ahead(Prepared, partial(prepare, well), name="generation-0")
+        handle = spawn(Prepared, spawn(Counter, 1, name="counter"), name="generation-0")
+        assert (await handle.prepared(), await handle.add(2)) == (1, 3)
+        first = (await handle.whereabouts())[1]
+        again = spawn(Prepared, handle, name="generation-0")  # a restart is a process of its own, as ever
+        assert await again.prepared() == 0
+        assert (await again.whereabouts())[1] != first
+        spawn.kill()
+
+    asyncio.run(main())
+
+
+@pytest.mark.ray
+def test_what_keeps_one_that_was_started_ahead_from_being_made_arrives_as_ever(cluster: None) -> None:
+    async def main() -> None:
+        spawn = OnRay()
+        spawn.ahead(Stillborn, partial(prepare, True), name="generation-0")
+        with pytest.raises(ConnectionError, match="generation-0 could not be started: .*ModelError: model nowhere"):
+            await spawn(Stillborn, name="generation-0").run()
+        spawn.ahead(Counter, partial(prepare, True), name="generation-1")
+        spawn.end("generation-1")
+        assert await spawn(Counter, 1, name="generation-1").add(1) == 2
+        spawn.kill()
+
+    asyncio.run(main())
 
 
 @pytest.mark.ray
