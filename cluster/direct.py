@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from millrace.core import memory
 from millrace.core.errors import MillraceError, boundary
 
 HEAD = struct.Struct("<QII")  # number of the call, bytes of the pickle with the sizes in front of it, buffers
@@ -123,9 +124,7 @@ class Wire:
             self._targets.append(memoryview(self._body))
             return
         if len(self._buffers) < buffers:
-            self._buffers = [
-                pa.allocate_buffer(SIZE.unpack_from(self._body, at * SIZE.size)[0]) for at in range(buffers)
-            ]
+            self._buffers = [memory.buffer(SIZE.unpack_from(self._body, at * SIZE.size)[0]) for at in range(buffers)]
             self._targets.extend(memoryview(buffer).cast("B") for buffer in self._buffers if len(buffer))
         if self._targets:
             return

@@ -17,6 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from millrace.core import memory
 from millrace.core.errors import DataError
 from millrace.core.types import Group, GroupId, Prompt, Rollout, VersionRun
 
@@ -74,7 +75,13 @@ def _offsets(lengths: Sequence[int]) -> pa.Array:
 
 
 def _flat(parts: Sequence[np.ndarray], dtype: type) -> pa.Array:
-    return pa.array(np.concatenate(parts) if parts else np.empty(0), type=pa.from_numpy_dtype(dtype))
+    kind = np.dtype(dtype)
+    if not all(part.dtype == kind for part in parts):
+        return pa.array(np.concatenate(parts), type=pa.from_numpy_dtype(kind))  # what does not fit is refused
+    values = memory.buffer(kind.itemsize * sum(map(len, parts)))
+    if parts:
+        np.concatenate(parts, out=np.frombuffer(values, kind))
+    return pa.Array.from_buffers(pa.from_numpy_dtype(kind), len(values) // kind.itemsize, [None, values])
 
 
 def _struct(columns: Sequence[pa.Array], kind: pa.StructType) -> pa.Array:
@@ -141,7 +148,7 @@ def encode(groups: Sequence[Group]) -> Pack:
 def _write(batch: pa.RecordBatch) -> Pack:
     """In one copy: behind a stream's schema, whose last bytes then become the mark."""
     end = _HEAD_BYTES + pa.ipc.get_record_batch_size(batch)
-    stream = pa.allocate_buffer(end + _END_BYTES)
+    stream = memory.buffer(end + _END_BYTES)
     with pa.FixedSizeBufferWriter(stream) as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
         writer.write_batch(batch)
     first = _HEAD_BYTES - len(MARK)

@@ -6,6 +6,7 @@ of the folder leave out names that begin with an underscore.
 """
 
 import os
+import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from millrace.core.schema import MARK, SCHEMA
 
 FOLDER = "rollouts"
 HEAD = b"ARROW1\0\0" + SCHEMA.serialize().to_pybytes()
+
+_BLOCK = struct.Struct("<qi4xq")  # of a footer: where a batch begins, bytes of its metadata, and of its body
+_EMPTY = pa.RecordBatch.from_pylist([], schema=SCHEMA)
+_EMPTY_MESSAGE = memoryview(_EMPTY.serialize())
 
 
 class Place(NamedTuple):
@@ -38,40 +43,6 @@ class Segment:
     path: Path
     fd: int
     end: int
-
-
-class Tail:
-    """A sink for Arrow that only counts, and keeps what comes after `end`."""
-
-    def __init__(self, end: int) -> None:
-        self._end, self._at = end, 0
-        self.kept = b""
-        self.closed = False
-
-    def write(self, data: bytes) -> int:
-        after = self._at + len(data) - self._end
-        if after > 0:
-            self.kept += data[max(0, len(data) - after) :]
-        self._at += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self._at
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        self.closed = True
-
-    def writable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return False
-
-    def seekable(self) -> bool:
-        return False
 
 
 class Segments:
@@ -246,23 +217,34 @@ def seal(path: Path, places: Iterable[Place]) -> str:
         file.write(footer)
         file.flush()
         os.fdatasync(file.fileno())
+        # Nobody reads it soon, and the next segment takes its pages.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     path.rename(path.with_name(path.name.lstrip("_")))
     return ""
 
 
 def _footer(path: Path, end: int, known: Sequence[Place]) -> bytes:
-    """What Arrow's own writer puts behind these batches."""
+    """What Arrow's own writer puts behind these batches: behind empty ones, whose places are replaced by theirs."""
     with pa.memory_map(str(path)) as file:
         whole = file.read_buffer(end)
         if whole[: len(HEAD)].to_pybytes() != HEAD:
             raise ValueError("it does not begin with this version's schema")
-        for place in known:  # a broken batch could crash the writer
+        for place in known:
             if isal_zlib.crc32(whole[place.offset : place.offset + place.length]) != place.crc32:
                 raise ValueError(f"its pack at offset {place.offset} has another checksum than when written")
-        tail = Tail(end)
-        with pa.ipc.new_file(pa.PythonFile(tail, mode="w"), SCHEMA) as writer:
-            for batch in pa.ipc.open_stream(whole[8:]):
-                writer.write_batch(batch)
-            if tail.tell() != end:
-                raise ValueError(f"its batches would end at {tail.tell()} instead of {end} if written again")
-        return tail.kept
+        theirs = b"".join(_block(place.offset, memoryview(whole[place.offset :])[: place.length]) for place in known)
+    sink, size = pa.BufferOutputStream(), len(_EMPTY_MESSAGE)
+    with pa.ipc.new_file(sink, SCHEMA) as writer:
+        for _ in known:
+            writer.write_batch(_EMPTY)
+    footer: bytes = sink.getvalue()[len(HEAD) + len(known) * size :].to_pybytes()
+    empty = b"".join(_block(len(HEAD) + at * size, _EMPTY_MESSAGE) for at in range(len(known)))
+    if footer.count(empty) != 1:
+        raise ValueError(f"Arrow {pa.__version__} writes another footer than millrace knows")
+    return footer.replace(empty, theirs)
+
+
+def _block(offset: int, message: memoryview) -> bytes:
+    """A batch's place in a footer. Its message begins with a mark and the size of what follows, four bytes each."""
+    metadata = 8 + int(struct.unpack_from("<i", message, 4)[0])
+    return _BLOCK.pack(offset, metadata, len(message) - metadata)

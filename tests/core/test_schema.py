@@ -1,6 +1,9 @@
 """The pack: what goes in comes out, in place, in a few bytes per token."""
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -101,3 +104,16 @@ def test_a_selected_row_leaves_the_other_rows_bytes_behind() -> None:
 def test_foreign_bytes_are_refused_by_name() -> None:
     with pytest.raises(DataError, match="no pack of schema version 1: they begin with b'PK"):
         schema.read(b"PK\x03\x04" * 10)
+
+
+def test_arrays_of_another_type_are_converted_or_refused_never_cut() -> None:
+    one = group(np.random.default_rng(0), 3, [5])
+    first = one.rollouts[0]
+    wide = replace(first, tokens_T=first.tokens_T.astype(np.int64))
+    (found,) = schema.decode(schema.encode([replace(one, rollouts=(wide, first))]))
+    for each in found.rollouts:
+        assert each.tokens_T.dtype == np.int32
+        np.testing.assert_array_equal(each.tokens_T, first.tokens_T)
+    too_wide = replace(first, tokens_T=np.full(5, 2**40))
+    with pytest.raises(pa.ArrowInvalid, match="not in range"):
+        schema.encode([replace(one, rollouts=(too_wide,))])
