@@ -30,7 +30,7 @@ STEPS = 64  # at most; TRL's run ends at the target, ours is scored when it has 
 LEARNING_RATE = 6e-5
 THREADS = 2  # TRL's
 OURS: Mapping[str, Mapping[str, Any]] = {
-    "loop": {"max_lag": 4},
+    "loop": {"max_lag": 8},
     "generation": {"slots": 128},
     "learner": {"threads": 1},
 }

@@ -1,11 +1,13 @@
 """Calls that stay on one machine go over a Unix socket, beside Ray (benchmarks/README.md, P1, says what that saves).
 
-A frame is a head, a pickle, and the large buffers of its objects as they lie in memory. Sockets have abstract names,
-which end with their process, and talk to processes of the same user alone: whoever they could harm by a pickle is who
-sends it.
+A frame is a head, a pickle, and the large buffers of its objects as they lie in memory. Where these are more than a
+socket takes at once, they go in a file without a name in memory, which the receiver maps: neither end waits for the
+other, and nothing is copied twice. Sockets have abstract names, which end with their process, and talk to processes of
+the same user alone: whoever they could harm by a pickle is who sends it.
 """
 
 import asyncio
+import mmap
 import os
 import pickle
 import secrets
@@ -14,16 +16,18 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import accumulate, count, islice, takewhile
 from typing import Any
 
 import pyarrow as pa
 
-from millrace.core import memory
 from millrace.core.errors import MillraceError, boundary
 
-HEAD = struct.Struct("<QII")  # number of the call, bytes of the pickle with the sizes in front of it, buffers
+HEAD = struct.Struct("<QIII")  # number of the call, bytes of the pickle with the sizes in front of it, buffers, files
 SIZE = struct.Struct("<Q")
+FILE_BYTES = 1 << 17  # of buffers from which they go in a file; a socket takes as much without its reader
+ALIGNED = 64  # bytes, of buffers in a file
+FILES_SPACE = socket.CMSG_SPACE(struct.calcsize("i"))
 AT_ONCE_BYTES = 4 << 20  # that are read before others in the event loop have their turn
 PARTS = 64  # of a single write
 PEER = struct.Struct("3i")  # process, user and group of who is at the other end
@@ -49,29 +53,38 @@ class Wire:
         link.setblocking(False)
         self._link, self._heard, self._cut = link, heard, cut
         self._loop = asyncio.get_running_loop()
-        self._parts: deque[memoryview] = deque()  # still to be sent
+        self._parts: deque[tuple[memoryview, int]] = deque()  # still to be sent, with a file or -1
         self._blocked = False  # until the other end has read some of it
         self._begin()
         self.open = True
         self._loop.add_reader(link.fileno(), self._readable)
 
     def send(self, number: int, value: Any) -> None:
-        """Raises what pickle raises, with nothing sent."""
+        """Raises what pickle raises, or an OSError where there is no memory for it, with nothing sent."""
         buffers: list[pickle.PickleBuffer] = []
         body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
         views = [buffer.raw() for buffer in buffers]
         sizes = b"".join(SIZE.pack(len(view)) for view in views)
-        head = HEAD.pack(number, len(sizes) + len(body), len(views))
+        file = _file_of(views) if sum(map(len, views)) >= FILE_BYTES else -1
+        head = HEAD.pack(number, len(sizes) + len(body), len(views), file >= 0)
         waiting = bool(self._parts)
-        self._parts.append(memoryview(head + sizes + body))
-        self._parts.extend(view for view in views if len(view))
+        self._parts.append((memoryview(head + sizes + body), file))
+        self._parts.extend((view, -1) for view in views if len(view) and file < 0)
         if not waiting:
             self._writable()
 
     def _writable(self) -> None:
         try:
             while self._parts and self.open:
-                self._sent(self._link.sendmsg(tuple(islice(self._parts, PARTS))))
+                first, file = self._parts[0]
+                if file < 0:
+                    plain = takewhile(lambda part: part[1] < 0, islice(self._parts, PARTS))
+                    self._sent(self._link.sendmsg([view for view, _ in plain]))
+                    continue
+                many = socket.send_fds(self._link, [first], [file])  # it goes with the first byte
+                self._parts[0] = first, -1
+                os.close(file)
+                self._sent(many)
         except BlockingIOError:
             if not self._blocked:
                 self._loop.add_writer(self._link.fileno(), self._writable)
@@ -85,9 +98,9 @@ class Wire:
 
     def _sent(self, many: int) -> None:
         while many:
-            first = self._parts.popleft()
+            first, file = self._parts.popleft()
             if len(first) > many:
-                self._parts.appendleft(first[many:])
+                self._parts.appendleft((first[many:], file))
                 return
             many -= len(first)
 
@@ -95,14 +108,15 @@ class Wire:
         """A head is next."""
         self._head = bytearray(HEAD.size)
         self._body: bytearray | None = None
-        self._buffers: list[pa.Buffer] = []
+        self._buffers: list[pa.Buffer | memoryview] = []
+        self._file = -1
         self._targets = deque([memoryview(self._head)])  # to be filled, one after the other
 
     def _readable(self) -> None:
         left = AT_ONCE_BYTES
         try:
             while left > 0 and self.open:
-                many = self._link.recv_into(self._targets[0])
+                many = self._received(self._targets[0])
                 if not many:
                     self.close()
                     return
@@ -115,17 +129,32 @@ class Wire:
         except OSError:
             self.close()
 
+    def _received(self, target: memoryview) -> int:
+        """Bytes of it. A file comes with a head alone, and no target reaches into the next frame."""
+        if self._body is not None:
+            return self._link.recv_into(target)
+        many, told, _, _ = self._link.recvmsg_into([target], FILES_SPACE, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in told:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                (self._file,) = struct.unpack("i", data)
+        return many
+
     def _filled(self) -> None:
         """One target is full: what comes next follows from what it held."""
         self._targets.popleft()
-        number, size, buffers = HEAD.unpack(self._head)
+        number, size, buffers, in_file = HEAD.unpack(self._head)
         if self._body is None:
             self._body = bytearray(size)
             self._targets.append(memoryview(self._body))
             return
         if len(self._buffers) < buffers:
-            self._buffers = [memory.buffer(SIZE.unpack_from(self._body, at * SIZE.size)[0]) for at in range(buffers)]
-            self._targets.extend(memoryview(buffer).cast("B") for buffer in self._buffers if len(buffer))
+            sizes = [SIZE.unpack_from(self._body, at * SIZE.size)[0] for at in range(buffers)]
+            if in_file:
+                file, self._file = self._file, -1
+                self._buffers = _mapped(file, sizes)
+            else:
+                self._buffers = [pa.allocate_buffer(each) for each in sizes]
+                self._targets.extend(memoryview(buffer).cast("B") for buffer in self._buffers if len(buffer))
         if self._targets:
             return
         body, held = memoryview(self._body)[buffers * SIZE.size :], self._buffers
@@ -137,11 +166,59 @@ class Wire:
         if not self.open:
             return
         self.open = False
+        for file in (self._file, *(file for _, file in self._parts)):
+            if file >= 0:
+                os.close(file)
         self._parts.clear()
         self._loop.remove_reader(self._link.fileno())
         self._loop.remove_writer(self._link.fileno())
         self._link.close()
         self._cut()
+
+
+def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where buffers begin in a file, and where the last one ends.
+
+    >>> _places([100, 0, 8])
+    ([0, 128, 128], 136)
+    """
+    begins = [0, *accumulate(-(-size // ALIGNED) * ALIGNED for size in sizes)]
+    return begins[:-1], begins[-2] + sizes[-1]
+
+
+def _file_of(views: Sequence[memoryview]) -> int:
+    """A file in memory that holds these buffers.
+
+    Raises:
+        OSError: there is no memory for it.
+    """
+    file = os.memfd_create("millrace", os.MFD_CLOEXEC)
+    try:
+        for begin, view in zip(_places([len(view) for view in views])[0], views, strict=True):
+            done = 0
+            while done < len(view):
+                done += os.pwrite(file, view[done:], begin + done)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
+def _mapped(file: int, sizes: Sequence[int]) -> list[memoryview]:
+    """The buffers of a file, in place.
+
+    Raises:
+        OSError: the file did not come, or does not hold them.
+    """
+    begins, end = _places(sizes)
+    try:
+        if os.fstat(file).st_size < end:
+            raise OSError(f"a file of {os.fstat(file).st_size} bytes holds no {end}")
+        whole = memoryview(mmap.mmap(file, end, access=mmap.ACCESS_READ))
+    finally:
+        if file >= 0:
+            os.close(file)
+    return [whole[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
 
 
 class Door:

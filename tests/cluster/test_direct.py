@@ -1,6 +1,7 @@
 """Calls over a Unix socket mean what calls in one process mean."""
 
 import asyncio
+import gc
 import os
 import pickle
 import signal
@@ -164,8 +165,8 @@ def test_calls_under_way_and_later_ones_end_when_the_other_end_does() -> None:
     connected(scene)
 
 
-def test_a_kill_is_seen_in_the_middle_of_an_answer() -> None:
-    """Half a frame is no answer, whatever it holds."""
+def answered_by(frame: bytes, files: Sequence[int] = ()) -> None:
+    """A child answers the first call with this, and is killed: no answer, whatever it holds."""
 
     async def main() -> None:
         with socket.socket(socket.AF_UNIX) as listener:
@@ -175,8 +176,7 @@ def test_a_kill_is_seen_in_the_middle_of_an_answer() -> None:
             if not child:
                 link, _ = listener.accept()
                 link.recv(100)
-                whole = pickle.dumps(("x" * 1000, None))
-                link.sendall(direct.HEAD.pack(0, len(whole), 0) + whole[:500])
+                socket.send_fds(link, [frame], list(files))
                 os.kill(os.getpid(), signal.SIGKILL)
             caller = Caller(name)
             with pytest.raises(Cut):
@@ -184,6 +184,54 @@ def test_a_kill_is_seen_in_the_middle_of_an_answer() -> None:
             os.waitpid(child, 0)
 
     asyncio.run(main())
+
+
+def test_a_kill_is_seen_in_the_middle_of_an_answer() -> None:
+    whole = pickle.dumps(("x" * 1000, None))
+    answered_by(direct.HEAD.pack(0, len(whole), 0, 0) + whole[:500])
+
+
+@pytest.mark.parametrize("held", [None, 100, direct.FILE_BYTES])
+def test_a_file_that_is_missing_or_short_or_whose_frame_is_torn_is_no_answer(held: int | None) -> None:
+    before = descriptors()
+    files = [] if held is None else [os.memfd_create("test")]
+    for file in files:
+        os.ftruncate(file, held or 0)
+    body = pickle.dumps((None, None))
+    whole = direct.SIZE.pack(direct.FILE_BYTES) + body
+    frame = direct.HEAD.pack(0, len(whole), 1, 1) + whole
+    answered_by(frame[:-1] if held == direct.FILE_BYTES else frame, files)
+    for file in files:
+        os.close(file)
+    assert descriptors() == before
+
+
+def descriptors() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_what_came_stays_readable_and_no_descriptor_is_left() -> None:
+    before = descriptors()
+    pack = pa.py_buffer(bytes(range(256)) * 4096)
+    kept: list[Any] = []
+
+    async def scene(caller: Caller, door: Door) -> None:
+        for _ in range(5):
+            (got,), _ = await caller.call("echo", (pack,), {})
+            kept.append(got)
+        for _ in range(50):  # more than the socket takes of heads alone, and nobody reads any more
+            task = asyncio.ensure_future(caller.call("wait", (pack, b"x" * 9_000), {}))
+            await asyncio.sleep(0)
+            task.cancel()
+        door.close()
+        while caller.open:
+            await asyncio.sleep(0.01)
+
+    connected(scene)
+    assert all(each.equals(pack) for each in kept)
+    kept.clear()
+    assert descriptors() == before
 
 
 def test_another_user_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
