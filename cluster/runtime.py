@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from ctypes import c_int, c_void_p, pythonapi
 from typing import Any
 
 import ray
@@ -21,6 +22,9 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+
+pythonapi.PyOS_getsig.restype = c_void_p
+pythonapi.PyOS_setsig.restype = c_void_p
 
 TOKEN = "a cluster with tokens wants one here: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
 KNOCK_S = 5.0
@@ -87,10 +91,16 @@ def _ray(address: str | None, environment: Mapping[str, str]) -> Iterator[None]:
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """Ray installs a handler for SIGTERM, which ends the process without a word in status.json."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody install one, as Ray does
+        native = {number: pythonapi.PyOS_getsig(c_int(number)) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, address in native.items():
+                pythonapi.PyOS_setsig(c_int(number), c_void_p(address))
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
