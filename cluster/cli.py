@@ -5,6 +5,7 @@ Commands are imported when they are called, and torch only by those that need it
 
 import argparse
 import os
+import signal
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"millrace: {caught}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, on the way out, changes nothing
         sys.exit(130)
     except BrokenPipeError:  # `millrace list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

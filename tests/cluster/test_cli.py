@@ -1,5 +1,6 @@
 """The command line: what it says, and the status it ends with."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,11 +28,14 @@ def run_file(make_run: Any, tmp_path: Path) -> Path:
 
 
 def ended(*arguments: str | Path) -> int:
-    """The status that the command ends with."""
+    """The status that the command ends with; the tests hear Ctrl-C as before."""
+    heard = signal.getsignal(signal.SIGINT)
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as caught:
         return int(caught.code or 0)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     return 0
 
 
