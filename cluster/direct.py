@@ -2,7 +2,7 @@
 
 A frame is a head, a pickle, and the large buffers of its objects as they lie in memory. Where these are more than a
 socket takes at once, they go in a file without a name in memory, which the receiver maps: neither end waits for the
-other, and nothing is copied twice. Sockets have abstract names, which end with their process, and talk to processes of
+other, and it is copied once. Sockets have abstract names, which end with their process, and talk to processes of
 the same user alone: whoever they could harm by a pickle is who sends it.
 """
 

@@ -6,8 +6,8 @@ moment.
 """
 
 import mmap
-from collections import OrderedDict
-from threading import RLock
+from collections import deque
+from threading import Lock
 from weakref import finalize
 
 import numpy as np
@@ -23,9 +23,9 @@ class Memory:
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self._kept_bytes = kept_bytes
-        self._free: OrderedDict[int, mmap.mmap] = OrderedDict()  # by its number, what was let go last at the end
-        self._numbers = 0
-        self._lock = RLock()  # again by the same thread: a collection of garbage may let go at any moment
+        self._let_go: deque[mmap.mmap] = deque()  # a collection of garbage may add to it at any moment
+        self._free: list[mmap.mmap] = []  # what was let go last at the end
+        self._lock = Lock()  # of the list
         self.free_bytes = 0
 
     def buffer(self, size: int) -> pa.Buffer:
@@ -36,25 +36,27 @@ class Memory:
         whole = rounded(size)
         memory = self._taken(whole) or mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         array = np.frombuffer(memory, np.uint8)  # whatever reads the memory refers to this object
-        finalize(array, self._let_go, memory).atexit = False
+        finalize(array, self._returned, memory).atexit = False
         return pa.py_buffer(array[:size])
 
     def _taken(self, whole: int) -> mmap.mmap | None:
         with self._lock:
-            number = next((number for number in reversed(self._free) if len(self._free[number]) == whole), None)
-            if number is None:
-                return None
-            self.free_bytes -= whole
-            return self._free.pop(number)
+            for at in reversed(range(len(self._free))):
+                if len(self._free[at]) == whole:
+                    self.free_bytes -= whole
+                    return self._free.pop(at)
+        return None
 
-    def _let_go(self, memory: mmap.mmap) -> None:
-        with self._lock:
-            self._numbers += 1
-            self._free[self._numbers] = memory
-            self.free_bytes += len(memory)
-            while self.free_bytes > self._kept_bytes:
-                _, oldest = self._free.popitem(last=False)  # not closed: its array is on its way out only now
-                self.free_bytes -= len(oldest)
+    def _returned(self, memory: mmap.mmap) -> None:
+        self._let_go.append(memory)
+        while self._let_go and self._lock.acquire(blocking=False):  # held by this very thread: the next one sorts it in
+            try:
+                self._free.append(self._let_go.popleft())
+                self.free_bytes += len(self._free[-1])
+                while self.free_bytes > self._kept_bytes:
+                    self.free_bytes -= len(self._free.pop(0))  # not closed: its array is on its way out only now
+            finally:
+                self._lock.release()
 
 
 def rounded(size: int) -> int:

@@ -64,6 +64,17 @@ def test_no_more_is_kept_than_is_said_and_the_oldest_goes_first() -> None:
     assert [memory.buffer(SIZE).address for _ in range(1)] == [addresses[-1]]
 
 
+def test_a_collection_of_garbage_may_let_go_while_memory_is_given_out() -> None:
+    memory = Memory()
+    made = [written(memory, SIZE, number) for number in range(4)]
+    with memory._lock:  # this thread is in the middle of it
+        made.clear()
+        assert memory.free_bytes == 0
+    last = written(memory, SIZE, 1)
+    del last
+    assert memory.free_bytes == 5 * rounded(SIZE)
+
+
 def test_threads_share_it() -> None:
     memory = Memory(kept_bytes=8 * SIZE)
     wrong = []
