@@ -51,8 +51,9 @@ class Memory:
         self._let_go.append(memory)
         while self._let_go and self._lock.acquire(blocking=False):  # held by this very thread: the next one sorts it in
             try:
-                self._free.append(self._let_go.popleft())
-                self.free_bytes += len(self._free[-1])
+                while self._let_go:
+                    self._free.append(self._let_go.popleft())
+                    self.free_bytes += len(self._free[-1])
                 while self.free_bytes > self._kept_bytes:
                     self.free_bytes -= len(self._free.pop(0))  # not closed: its array is on its way out only now
             finally:
