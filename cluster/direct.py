@@ -1,13 +1,13 @@
 """Calls that stay on one machine go over a Unix socket, beside Ray (benchmarks/README.md, P1, says what that saves).
 
-A frame is a head, a pickle, and the large buffers of its objects as they lie in memory. Where these are more than a
-socket takes at once, they go in a file without a name in memory, which the receiver maps: neither end waits for the
-other, and it is copied once. Sockets have abstract names, which end with their process, and talk to processes of
-the same user alone: whoever they could harm by a pickle is who sends it.
+A frame is a head, a pickle, and the large buffers of its objects as they lie in memory. One that is more than a
+socket takes at once goes as a file in memory, which the receiver maps: neither end waits for the other, and what
+`core.memory` gave out, or was lent itself, is not copied at all. Sockets have abstract names, which end with their
+process, and talk to processes of the same user alone: whoever they could harm by a pickle is who sends it.
 """
 
+import array
 import asyncio
-import mmap
 import os
 import pickle
 import secrets
@@ -16,18 +16,19 @@ import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
-from itertools import accumulate, count, islice, takewhile
+from itertools import count, islice, takewhile
 from typing import Any
 
 import pyarrow as pa
 
+from millrace.core import memory
 from millrace.core.errors import MillraceError, boundary
 
-HEAD = struct.Struct("<QIII")  # number of the call, bytes of the pickle with the sizes in front of it, buffers, files
-SIZE = struct.Struct("<Q")
-FILE_BYTES = 1 << 17  # of buffers from which they go in a file; a socket takes as much without its reader
-ALIGNED = 64  # bytes, of buffers in a file
-FILES_SPACE = socket.CMSG_SPACE(struct.calcsize("i"))
+HEAD = struct.Struct("<QIII")  # number of the call, bytes of the pickle with the places in front of it, buffers, files
+PLACE = struct.Struct("<Qq")  # of a buffer: its bytes, and where it begins in the next of the frame's files; or HERE
+HERE = -1  # among the frame's own bytes
+MOST_FILES = 128  # of a frame; the system takes 253 at once
+FILES_SPACE = socket.CMSG_SPACE(MOST_FILES * struct.calcsize("i"))
 AT_ONCE_BYTES = 4 << 20  # that are read before others in the event loop have their turn
 PARTS = 64  # of a single write
 PEER = struct.Struct("3i")  # process, user and group of who is at the other end
@@ -53,7 +54,7 @@ class Wire:
         link.setblocking(False)
         self._link, self._heard, self._cut = link, heard, cut
         self._loop = asyncio.get_running_loop()
-        self._parts: deque[tuple[memoryview, int]] = deque()  # still to be sent, with a file or -1
+        self._parts: deque[tuple[memoryview, Sequence[int]]] = deque()  # still to be sent, with the files of a frame
         self._blocked = False  # until the other end has read some of it
         self._begin()
         self.open = True
@@ -63,27 +64,25 @@ class Wire:
         """Raises what pickle raises, or an OSError where there is no memory for it, with nothing sent."""
         buffers: list[pickle.PickleBuffer] = []
         body = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        views = [buffer.raw() for buffer in buffers]
-        sizes = b"".join(SIZE.pack(len(view)) for view in views)
-        file = _file_of(views) if sum(map(len, views)) >= FILE_BYTES else -1
-        head = HEAD.pack(number, len(sizes) + len(body), len(views), file >= 0)
+        places, files, here = _placed([buffer.raw() for buffer in buffers])
+        head = HEAD.pack(number, len(places) + len(body), len(buffers), len(files))
         waiting = bool(self._parts)
-        self._parts.append((memoryview(head + sizes + body), file))
-        self._parts.extend((view, -1) for view in views if len(view) and file < 0)
+        self._parts.append((memoryview(head + places + body), files))
+        self._parts.extend((view, ()) for view in here if len(view))
         if not waiting:
             self._writable()
 
     def _writable(self) -> None:
         try:
             while self._parts and self.open:
-                first, file = self._parts[0]
-                if file < 0:
-                    plain = takewhile(lambda part: part[1] < 0, islice(self._parts, PARTS))
+                first, files = self._parts[0]
+                if not files:
+                    plain = takewhile(lambda part: not part[1], islice(self._parts, PARTS))
                     self._sent(self._link.sendmsg([view for view, _ in plain]))
                     continue
-                many = socket.send_fds(self._link, [first], [file])  # it goes with the first byte
-                self._parts[0] = first, -1
-                os.close(file)
+                many = socket.send_fds(self._link, [first], files)  # they go with the first byte
+                self._parts[0] = first, ()
+                _close(files)
                 self._sent(many)
         except BlockingIOError:
             if not self._blocked:
@@ -98,9 +97,9 @@ class Wire:
 
     def _sent(self, many: int) -> None:
         while many:
-            first, file = self._parts.popleft()
+            first, files = self._parts.popleft()
             if len(first) > many:
-                self._parts.appendleft((first[many:], file))
+                self._parts.appendleft((first[many:], files))
                 return
             many -= len(first)
 
@@ -108,8 +107,8 @@ class Wire:
         """A head is next."""
         self._head = bytearray(HEAD.size)
         self._body: bytearray | None = None
-        self._buffers: list[pa.Buffer | memoryview] = []
-        self._file = -1
+        self._buffers: list[pa.Buffer] = []
+        self._files: list[int] = []
         self._targets = deque([memoryview(self._head)])  # to be filled, one after the other
 
     def _readable(self) -> None:
@@ -130,34 +129,37 @@ class Wire:
             self.close()
 
     def _received(self, target: memoryview) -> int:
-        """Bytes of it. A file comes with a head alone, and no target reaches into the next frame."""
+        """Bytes of it. Files come with a head alone, and no target reaches into the next frame."""
         if self._body is not None:
             return self._link.recv_into(target)
         many, told, _, _ = self._link.recvmsg_into([target], FILES_SPACE, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in told:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                (self._file,) = struct.unpack("i", data)
+                self._files += array.array("i", data)
         return many
 
     def _filled(self) -> None:
         """One target is full: what comes next follows from what it held."""
         self._targets.popleft()
-        number, size, buffers, in_file = HEAD.unpack(self._head)
+        number, size, buffers, files = HEAD.unpack(self._head)
         if self._body is None:
+            if files != len(self._files):
+                raise OSError(f"{len(self._files)} files came with a frame that has {files}")
             self._body = bytearray(size)
             self._targets.append(memoryview(self._body))
             return
         if len(self._buffers) < buffers:
-            sizes = [SIZE.unpack_from(self._body, at * SIZE.size)[0] for at in range(buffers)]
-            if in_file:
-                file, self._file = self._file, -1
-                self._buffers = _mapped(file, sizes)
-            else:
-                self._buffers = [pa.allocate_buffer(each) for each in sizes]
-                self._targets.extend(memoryview(buffer).cast("B") for buffer in self._buffers if len(buffer))
+            for each, at in PLACE.iter_unpack(memoryview(self._body)[: buffers * PLACE.size]):
+                if at == HERE:
+                    self._buffers.append(pa.allocate_buffer(each))
+                    self._targets.append(memoryview(self._buffers[-1]).cast("B"))
+                else:
+                    self._buffers.append(memory.borrowed(self._files.pop(0), at, each))
+        while self._targets and not self._targets[0]:
+            self._targets.popleft()
         if self._targets:
             return
-        body, held = memoryview(self._body)[buffers * SIZE.size :], self._buffers
+        body, held = memoryview(self._body)[buffers * PLACE.size :], self._buffers
         self._begin()
         self._heard(self, number, partial(pickle.loads, body, buffers=[memoryview(each).toreadonly() for each in held]))
 
@@ -166,9 +168,9 @@ class Wire:
         if not self.open:
             return
         self.open = False
-        for file in (self._file, *(file for _, file in self._parts)):
-            if file >= 0:
-                os.close(file)
+        for files in (self._files, *(files for _, files in self._parts)):
+            _close(files)
+        self._files = []
         self._parts.clear()
         self._loop.remove_reader(self._link.fileno())
         self._loop.remove_writer(self._link.fileno())
@@ -176,49 +178,35 @@ class Wire:
         self._cut()
 
 
-def _places(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Where buffers begin in a file, and where the last one ends.
+def _placed(views: Sequence[memoryview]) -> tuple[bytes, list[int], list[memoryview]]:
+    """The places of these buffers, the files they go in, and those that go among the frame's own bytes."""
+    places: list[bytes] = []
+    files: list[int] = []
+    here: list[memoryview] = []
+    for view in views:
+        large = len(view) >= memory.LEAST_BYTES and len(files) < MOST_FILES
+        lent = _lent(pa.py_buffer(view)) if large else None
+        if lent is not None:
+            files.append(lent[0])
+        else:
+            here.append(view)
+        places.append(PLACE.pack(len(view), HERE if lent is None else lent[1]))
+    return b"".join(places), files, here
 
-    >>> _places([100, 0, 8])
-    ([0, 128, 128], 136)
-    """
-    begins = [0, *accumulate(-(-size // ALIGNED) * ALIGNED for size in sizes)]
-    return begins[:-1], begins[-2] + sizes[-1]
+
+def _lent(buffer: pa.Buffer) -> tuple[int, int] | None:
+    """Where it lies, or a copy of it does that can be lent. None: it can be sent all the same."""
+    lent = memory.lend(buffer)
+    if lent is None:
+        copy = memory.buffer(buffer.size)
+        memoryview(copy).cast("B")[:] = memoryview(buffer).cast("B")
+        lent = memory.lend(copy)
+    return lent
 
 
-def _file_of(views: Sequence[memoryview]) -> int:
-    """A file in memory that holds these buffers.
-
-    Raises:
-        OSError: there is no memory for it.
-    """
-    file = os.memfd_create("millrace", os.MFD_CLOEXEC)
-    try:
-        for begin, view in zip(_places([len(view) for view in views])[0], views, strict=True):
-            done = 0
-            while done < len(view):
-                done += os.pwrite(file, view[done:], begin + done)
-    except OSError:
+def _close(files: Sequence[int]) -> None:
+    for file in files:
         os.close(file)
-        raise
-    return file
-
-
-def _mapped(file: int, sizes: Sequence[int]) -> list[memoryview]:
-    """The buffers of a file, in place.
-
-    Raises:
-        OSError: the file did not come, or does not hold them.
-    """
-    begins, end = _places(sizes)
-    try:
-        if os.fstat(file).st_size < end:
-            raise OSError(f"a file of {os.fstat(file).st_size} bytes holds no {end}")
-        whole = memoryview(mmap.mmap(file, end, access=mmap.ACCESS_READ))
-    finally:
-        if file >= 0:
-            os.close(file)
-    return [whole[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
 
 
 class Door:

@@ -15,7 +15,9 @@ import pytest
 
 from millrace.cluster import direct
 from millrace.cluster.direct import Caller, Cut, Door, Lines
+from millrace.core import memory
 from millrace.core.errors import Fenced
+from millrace.core.memory import LEAST_BYTES
 
 
 class Component:
@@ -191,16 +193,16 @@ def test_a_kill_is_seen_in_the_middle_of_an_answer() -> None:
     answered_by(direct.HEAD.pack(0, len(whole), 0, 0) + whole[:500])
 
 
-@pytest.mark.parametrize("held", [None, 100, direct.FILE_BYTES])
+@pytest.mark.parametrize("held", [None, 100, LEAST_BYTES])
 def test_a_file_that_is_missing_or_short_or_whose_frame_is_torn_is_no_answer(held: int | None) -> None:
     before = descriptors()
     files = [] if held is None else [os.memfd_create("test")]
     for file in files:
         os.ftruncate(file, held or 0)
     body = pickle.dumps((None, None))
-    whole = direct.SIZE.pack(direct.FILE_BYTES) + body
+    whole = direct.PLACE.pack(LEAST_BYTES, 0) + body
     frame = direct.HEAD.pack(0, len(whole), 1, 1) + whole
-    answered_by(frame[:-1] if held == direct.FILE_BYTES else frame, files)
+    answered_by(frame[:-1] if held == LEAST_BYTES else frame, files)
     for file in files:
         os.close(file)
     assert descriptors() == before
@@ -212,7 +214,6 @@ def descriptors() -> int:
 
 
 def test_what_came_stays_readable_and_no_descriptor_is_left() -> None:
-    before = descriptors()
     pack = pa.py_buffer(bytes(range(256)) * 4096)
     kept: list[Any] = []
 
@@ -228,10 +229,47 @@ def test_what_came_stays_readable_and_no_descriptor_is_left() -> None:
         while caller.open:
             await asyncio.sleep(0.01)
 
+    left = set()
+    for _ in range(3):
+        connected(scene)
+        assert all(each.equals(pack) for each in kept)
+        kept.clear()
+        left.add(descriptors())
+    assert len(left) == 1  # of files that are used again
+
+
+def test_what_can_be_lent_is_not_copied_on_its_way_and_only_then_used_again() -> None:
+    """There and back: the very file that the pack was made in."""
+    size = LEAST_BYTES + 8
+    packs = [memory.buffer(size)]
+    np.frombuffer(packs[0], np.uint8)[:] = 1
+    address = packs[0].address
+    kept: list[Any] = []
+
+    async def scene(caller: Caller, door: Door) -> None:
+        (got,), _ = await caller.call("echo", (packs[0][8:],), {})
+        kept.append(got)
+
     connected(scene)
-    assert all(each.equals(pack) for each in kept)
+    np.frombuffer(packs[0], np.uint8)[100] = 2  # what only a test may do
+    assert memoryview(kept[0])[92] == 2
+    packs.clear()
+    gc.collect()
+    others = [memory.buffer(size) for _ in range(3)]
+    assert address not in {each.address for each in others}
     kept.clear()
-    assert descriptors() == before
+    gc.collect()
+    assert memory.buffer(size).address == address
+
+
+def test_more_buffers_than_files_cross_all_the_same() -> None:
+    arrays = [np.full(LEAST_BYTES, number, np.uint8) for number in range(direct.MOST_FILES + 3)]
+
+    async def scene(caller: Caller, door: Door) -> None:
+        (got,), _ = await caller.call("echo", (arrays,), {})
+        assert all(np.array_equal(each, array) for each, array in zip(got, arrays, strict=True))
+
+    connected(scene)
 
 
 def test_another_user_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
