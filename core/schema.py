@@ -10,10 +10,10 @@ every token was sampled.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -58,8 +58,7 @@ SCHEMA = pa.schema(
 _HEAD_BYTES, _END_BYTES = SCHEMA.serialize().size, 8  # of an Arrow stream, before and after its batches
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupHeader:
+class GroupHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What the ledger reads of a group, without its tokens."""
 
     id: GroupId

@@ -1,16 +1,17 @@
 """The data that flows: prompts out, groups in, verdicts in, batches out.
 
-All types are frozen, slotted, keyword-only dataclasses of numpy arrays. Shape letters, used in every name:
-T tokens of a rollout's response, P tokens of a prompt, G rollouts of a group, N tokens of a packed batch,
-S sequences in it, V vocabulary. Log-probabilities are natural logarithms (nats).
+All types are frozen, keyword-only structs of numpy arrays: msgspec makes one in a tenth of the time of a frozen
+dataclass, and a rollout is made anew in every process. `msgspec.structs.replace` makes another with some fields
+changed. Shape letters, used in every name: T tokens of a rollout's response, P tokens of a prompt, G rollouts of a
+group, N tokens of a packed batch, S sequences in it, V vocabulary. Log-probabilities are natural logarithms (nats).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, NamedTuple, NewType
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,15 +40,14 @@ class VersionRun(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the data, tokenised when it was loaded."""
 
     id: str  # stable over runs: the row's `id` column, or "<file stem>:<row>"
     text: str  # what was tokenised: the string, or the chat template's output
     tokens_P: Ints
     answer: str | None = None
-    row: Mapping[str, Any] = field(default_factory=dict)  # further columns, plain JSON values
+    row: Mapping[str, Any] = msgspec.field(default_factory=dict)  # further columns, plain JSON values
 
 
 class VerdictKind(StrEnum):
@@ -61,13 +61,12 @@ class VerdictKind(StrEnum):
 _KINDS = {kind.value: kind for kind in VerdictKind}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """What a verifier says of one rollout."""
 
     kind: VerdictKind
     score: float | None  # None exactly when the judge failed
-    components: Mapping[str, float] = field(default_factory=dict)  # named parts, kept apart, never pre-summed
+    components: Mapping[str, float] = msgspec.field(default_factory=dict)  # named parts, kept apart, never pre-summed
     feedback: str = ""  # the cause, in words
 
     def __post_init__(self) -> None:
@@ -75,8 +74,7 @@ class Verdict:
             raise ValueError(f"a verdict of kind {self.kind.value} cannot carry score={self.score!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rollout:
+class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     """One response to a prompt, exactly as the engine sampled it. Nothing is ever re-tokenised."""
 
     tokens_T: Ints  # response tokens, the prompt not among them
@@ -102,8 +100,7 @@ class Rollout:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(msgspec.Struct, frozen=True, kw_only=True):
     """All n rollouts of one attempt at a draw: leased, judged, taken and trained together."""
 
     id: GroupId
@@ -121,8 +118,7 @@ class Group:
         return min(rollout.oldest_version for rollout in self.rollouts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lease:
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """The right, and duty, of one worker to generate one group."""
 
     id: GroupId
@@ -133,8 +129,7 @@ class Lease:
     epoch: int  # fences the worker that holds it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupVerdict:
+class GroupVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """The verdicts of one group, in the order of its rollouts."""
 
     id: GroupId

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -92,7 +93,7 @@ class Judged:
         kept = tuple(verdict.verdicts[at] for at in places)
         return Judged(
             group=group,
-            members=replace(group, rollouts=tuple(group.rollouts[at] for at in places)),
+            members=msgspec.structs.replace(group, rollouts=tuple(group.rollouts[at] for at in places)),
             places=tuple(places),
             verdicts=kept,
             lags=tuple(lags_of(group, lag)),

@@ -11,11 +11,11 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from millrace.core import catalogue
@@ -226,7 +226,7 @@ class Judge:
             }
             if value.kind is VerdictKind.SUBJECT_FAILED:
                 score = self._config.lowest  # or hanging the judge would pay, where wrong answers have less than 0
-            return replace(value, score=score, components=components, feedback=str(value.feedback))
+            return msgspec.structs.replace(value, score=score, components=components, feedback=str(value.feedback))
         if isinstance(value, Mapping):
             if "score" not in value:
                 raise RewardError(f"{self._whose} returned {_shown(value)}: a mapping needs a component 'score'")

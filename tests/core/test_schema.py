@@ -1,12 +1,11 @@
 """The pack: what goes in comes out, in place, in a few bytes per token."""
 
-from dataclasses import replace
-
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from millrace.core import schema
 from millrace.core.errors import DataError

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from millrace.core.errors import TrainingError
 from millrace.core.recipe import Updates
@@ -76,7 +77,9 @@ def test_injected_and_stale_tokens_stay_context_and_leave_the_loss(group_of, jud
     rng = np.random.default_rng(0)
     group = group_of(0, 3, (4, 5), rng, runs=[(VersionRun(7, 0, 4),), (VersionRun(4, 0, 2), VersionRun(7, 2, 5))])
     sampled_T = np.array([True, False, True, True])
-    group = replace(group, rollouts=(replace(group.rollouts[0], sampled_T=sampled_T), group.rollouts[1]))
+    group = structs.replace(
+        group, rollouts=(structs.replace(group.rollouts[0], sampled_T=sampled_T), group.rollouts[1])
+    )
     batch = batch_of([group], [judged(group, (1.0, 0.0))], lag=[[0, 3, 0]], mask_above=2)
     (micro,) = batch.updates[0]
     assert micro.token_C.tolist() == [
@@ -106,7 +109,7 @@ def test_rows_behind_the_last_loss_token_are_not_computed(group_of, judged):
     rng = np.random.default_rng(0)
     group = group_of(0, 3, (6, 6), rng)
     sampled_T = np.array([True, True, False, False, False, False])
-    group = replace(group, rollouts=tuple(replace(r, sampled_T=sampled_T) for r in group.rollouts))
+    group = structs.replace(group, rollouts=tuple(structs.replace(r, sampled_T=sampled_T) for r in group.rollouts))
     (micro,) = batch_of([group], [judged(group, (1.0, 0.0))]).updates[0]
     assert micro.token_C.tolist() == [
         *group.prompt.tokens_P,

@@ -1,8 +1,7 @@
 """The words of a judged group: only valid members, in their order, and texts only for who asks."""
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from millrace.core import words
 from millrace.core.types import GroupVerdict, Verdict, VerdictKind, VersionRun

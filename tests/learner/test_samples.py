@@ -1,10 +1,10 @@
 """Which rollouts of a step are kept for people to read, and what is kept of them."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from millrace.core.types import Group, GroupId, GroupVerdict, Prompt, Rollout, Verdict, VerdictKind, VersionRun
 from millrace.learner import samples

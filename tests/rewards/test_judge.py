@@ -5,12 +5,12 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from millrace.core.catalogue import Method
 from millrace.core.errors import ConfigError, DataError, DeadlineError, RewardError
