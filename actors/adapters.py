@@ -15,11 +15,10 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from millrace.actors.weights import check_digest
 from millrace.core.errors import WeightsError
-from millrace.core.protocols import Adapter, Engine, Manifest, WeightHandle, WeightStore
+from millrace.core.protocols import Adapter, Engine, Manifest, Packing, WeightHandle, WeightStore
 from millrace.core.weights import VersionGoneError, digest_of, mapped
 
 MERGING = "millrace.actors.merging"  # imports torch and transformers: most workers never meet an adapter
@@ -56,9 +55,9 @@ class MergingStore:
         self._last: WeightHandle | None = None
         self._turn = asyncio.Lock()
 
-    async def publish(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None:
+    async def pour(self, packing: Packing) -> Manifest:
         """To the store."""
-        await self._store.publish(manifest, buffer)
+        return await self._store.pour(packing)
 
     async def fetch(self, version: int) -> WeightHandle:
         """As `WeightStore.fetch`. The bytes of a merged version stay as they are until the next but one is fetched.

@@ -67,23 +67,22 @@ def pieces(learner: Mapping[str, float], engine: Mapping[str, float]) -> dict[st
     """Where the time of one publish went, as seen from one engine, seconds; they add up to the whole.
 
     Args:
-        learner: `began`, `packed`, `written`.
+        learner: `began`, `written`.
         engine: `heard`, `swap_began`, `swap_ended`, `serves`.
 
-    >>> learner = {"began": 0, "packed": 2, "written": 3}
+    >>> learner = {"began": 0, "written": 3}
     >>> list(pieces(learner, {"heard": 4, "swap_began": 6, "swap_ended": 9, "serves": 10}).values())
-    [2, 1, 1, 2, 3, 1]
+    [3, 1, 2, 3, 1]
     """
     moments = [*(learner[name] for name in LEARNER_MOMENTS), *(engine[name] for name in ENGINE_MOMENTS)]
     spent = [after - before for before, after in itertools.pairwise(moments)]
     return dict(zip(PIECES, spent, strict=True))
 
 
-LEARNER_MOMENTS = ("began", "packed", "written")
+LEARNER_MOMENTS = ("began", "written")
 ENGINE_MOMENTS = ("heard", "swap_began", "swap_ended", "serves")
 PIECES = (
-    "pack_and_digest",
-    "write",
+    "pack_digest_and_write",
     "hand_over_and_notify",
     "verify_and_wait_for_step",
     "pause_and_load",

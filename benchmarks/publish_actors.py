@@ -7,7 +7,6 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,7 @@ import torch
 
 from millrace.actors.engines import engine
 from millrace.actors.weights import WeightReceiver
-from millrace.core import weight_store
-from millrace.core.protocols import Sampling, WeightHandle
-from millrace.core.weight_files import fill
+from millrace.core.protocols import Manifest, Sampling, WeightHandle
 from millrace.core.weight_store import NodeStore
 from millrace.core.weights import digest_of, write
 from millrace.learner.model import Policy, load_model
@@ -36,12 +33,6 @@ class PublishingLearner:
         self._model = load_model(model)
         self._publisher = Publisher(Policy(self._model), dtype=dtype, probe_every=10_000)
         self._store = store
-        self._written = 0.0
-        weight_store.fill = self._fill
-
-    def _fill(self, path: Path, buffer: Any) -> None:
-        fill(path, buffer)
-        self._written = now()
 
     async def publish(self, version: int) -> dict[str, float]:
         """Publish as the Learner does. The clock starts with the weights finished."""
@@ -49,10 +40,16 @@ class PublishingLearner:
             for parameter in self._model.parameters():
                 parameter.add_(1e-4)  # so that every version has bytes of its own
         began = now()
-        manifest, buffer = await asyncio.to_thread(lambda: self._publisher.pack(version=version, step=version, epoch=1))
-        packed = now()
-        await self._store.publish(manifest, buffer)
-        return {"began": began, "packed": packed, "written": self._written, "published": now()}
+        packed = await asyncio.to_thread(lambda: self._publisher.packed(version=version, step=version, epoch=1))
+        written = 0.0
+
+        def manifest(digest: str) -> Manifest:  # the last that is asked for, when all bytes are in the file
+            nonlocal written
+            written = now()
+            return packed.manifest(digest)
+
+        await self._store.pour(replace(packed, manifest=manifest))
+        return {"began": began, "written": written, "published": now()}
 
     async def local(self, directory: str, version: int) -> WeightHandle:
         """A copy of the weights that was fetched and verified long ago."""

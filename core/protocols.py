@@ -13,8 +13,6 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from millrace.core.schema import Pack
 from millrace.core.types import Floats, GroupId, GroupVerdict, Ints, Lease, Prompt, Rollout, WorkerId
@@ -343,10 +341,29 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
+class Packing(Protocol):
+    """Weights that are about to be published. They stay as they are until that is done."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    def pour(self, write: Callable[[memoryview], object]) -> None:
+        """All bytes, in order and in parts. May be repeated, where the first time went wrong."""
+        ...
+
+    def manifest(self, digest: str) -> Manifest:
+        """Of bytes with this digest."""
+        ...
+
+
 class WeightStore(Protocol):
     """Holds the last published versions of the weights; outlives the learner."""
 
-    async def publish(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None: ...
+    async def pour(self, packing: Packing) -> Manifest:
+        """Publish a new version; its manifest."""
+        ...
 
     async def fetch(self, version: int) -> WeightHandle:
         """The handle of `version`, or of the newest if that one is gone. Waits for neither."""

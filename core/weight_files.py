@@ -8,7 +8,8 @@ as long as its mapping lives; who overwrites takes the exclusive one. So what wa
 import fcntl
 import mmap
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
@@ -52,16 +53,29 @@ def map_file(path: str, *, mode: Literal["r", "c"] = "r") -> NDArray[np.uint8]:
 
 
 def fill(path: Path, buffer: NDArray[np.uint8]) -> None:
-    """Write the bytes to a new file at `path`, made of a spare one of its folder where there is one."""
-    data = memoryview(np.ascontiguousarray(buffer).data)
+    """Write the bytes to a new file, see `filling`."""
+    with filling(path) as write:
+        write(memoryview(np.ascontiguousarray(buffer).data))
+
+
+@contextmanager
+def filling(path: Path) -> Iterator[Callable[[memoryview], None]]:
+    """What writes part after part to a new file at `path`, made of a spare one of its folder where there is one."""
     descriptor = _spare(path)
     if descriptor is None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
+    end = 0
+
+    def write(part: memoryview) -> None:
+        nonlocal end
         written = 0
-        while written < len(data):
-            written += os.pwrite(descriptor, data[written : written + MOST_BYTES], written)
-        os.ftruncate(descriptor, len(data))
+        while written < len(part):
+            written += os.pwrite(descriptor, part[written : written + MOST_BYTES], end + written)
+        end += len(part)
+
+    try:
+        yield write
+        os.ftruncate(descriptor, end)
     finally:
         with suppress(OSError):  # not by closing alone: a child process may have inherited the descriptor
             fcntl.flock(descriptor, fcntl.LOCK_UN)

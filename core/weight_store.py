@@ -17,9 +17,20 @@ from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
 from millrace.core.failpoint import reach
-from millrace.core.protocols import Manifest, WeightHandle
-from millrace.core.weight_files import VersionGoneError, fill, let_go
-from millrace.core.weights import buffer_bytes, digest_of, from_json, mapped, place, temporary_of, to_json, write
+from millrace.core.protocols import Manifest, Packing, WeightHandle
+from millrace.core.weight_files import VersionGoneError, let_go
+from millrace.core.weights import (
+    buffer_bytes,
+    digest_of,
+    from_json,
+    gathered,
+    mapped,
+    place,
+    poured,
+    temporary_of,
+    to_json,
+    write,
+)
 
 MARK = "store-"
 RELEASED = ".released"
@@ -88,6 +99,12 @@ class FileWeightStore:
         """
         await asyncio.to_thread(self._publish, manifest, buffer)
         self._wake()
+
+    async def pour(self, packing: Packing) -> Manifest:
+        """As `NodeStore.pour`, of a caller in this process."""
+        manifest, buffer = await asyncio.to_thread(gathered, packing)
+        await self.publish(manifest, buffer)
+        return manifest
 
     async def adopt(self, manifest: Manifest, path: str) -> None:
         """Keep a new version whose bytes lie in a file of this store's folder already; it becomes the version's own.
@@ -295,27 +312,31 @@ class NodeStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return NodeStore, (self._store,)
 
-    async def publish(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None:
-        """To the run's store. On its disk the bytes are written here, once, and only their place is sent.
+    async def pour(self, packing: Packing) -> Manifest:
+        """Publish to the run's store. On its disk the bytes are written here, once, and only their place is sent.
 
         Raises:
             WeightsError: as `FileWeightStore.publish`.
         """
         await self._look()
-        if self._shared is None or buffer.size != buffer_bytes(manifest.tensors):
+        if self._shared is None:
+            manifest, buffer = await asyncio.to_thread(gathered, packing)
             await self._store.publish(manifest, buffer)
-            return
-        for attempt in range(ATTEMPTS):
-            temporary = temporary_of(self._shared, manifest)
-            try:
-                await asyncio.to_thread(fill, temporary, buffer)
-                await self._store.adopt(manifest, str(temporary))
-                return
-            except VersionGoneError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-            finally:
-                temporary.unlink(missing_ok=True)
+            return manifest
+        for _ in range(ATTEMPTS - 1):
+            with suppress(VersionGoneError):
+                return await self._written_there(packing, self._shared)
+        return await self._written_there(packing, self._shared)
+
+    async def _written_there(self, packing: Packing, folder: Path) -> Manifest:
+        """In a file of the store's folder, which becomes the version's own."""
+        temporary = temporary_of(folder)
+        try:
+            manifest = await asyncio.to_thread(poured, packing, temporary)
+            await self._store.adopt(manifest, str(temporary))
+            return manifest
+        finally:
+            temporary.unlink(missing_ok=True)
 
     async def fetch(self, version: int) -> WeightHandle:
         """As `FileWeightStore.fetch`; elsewhere than on the store's disk it first copies the version here."""

@@ -8,19 +8,19 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from millrace.core.errors import WeightsError
-from millrace.core.protocols import Adapter, Manifest, Probe, Tensor, WeightHandle
-from millrace.core.weight_files import VersionGoneError, fill, map_file
+from millrace.core.protocols import Adapter, Manifest, Packing, Probe, Tensor, WeightHandle
+from millrace.core.weight_files import VersionGoneError, fill, filling, map_file
 
 __all__ = [
     "VersionGoneError",
@@ -28,11 +28,13 @@ __all__ = [
     "digest_of",
     "factors_of",
     "from_json",
+    "gathered",
     "identity_of",
     "layout",
     "map_file",
     "mapped",
     "place",
+    "poured",
     "temporary_of",
     "to_json",
     "view_of",
@@ -91,6 +93,34 @@ def digest_of(buffer: NDArray[np.uint8]) -> str:
     '99aa06d3'
     """
     return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(buffer).data)
+
+
+def poured(packing: Packing, path: Path) -> Manifest:
+    """Write the bytes of a packing to a new file. Each part is digested while it is in the processor's cache."""
+    digest = xxhash.xxh3_128()
+
+    with filling(path) as write:
+
+        def both(part: memoryview) -> None:
+            write(part)
+            digest.update(part)
+
+        packing.pour(both)
+    return packing.manifest(digest.hexdigest())
+
+
+def gathered(packing: Packing) -> tuple[Manifest, NDArray[np.uint8]]:
+    """The same in memory, for a store that does not share this machine's disk."""
+    buffer = np.empty(packing.size, np.uint8)
+    whole, end = buffer.data, 0
+
+    def write(part: memoryview) -> None:
+        nonlocal end
+        whole[end : end + len(part)] = part
+        end += len(part)
+
+    packing.pour(write)
+    return packing.manifest(digest_of(buffer)), buffer
 
 
 def identity_of(named: Iterable[tuple[str, NDArray[np.float32]]]) -> str:
@@ -222,7 +252,7 @@ def write(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(folder, manifest)
+    temporary = temporary_of(folder)
     try:
         fill(temporary, buffer)
         return place(folder, manifest, temporary, half=half)
@@ -230,9 +260,9 @@ def write(
         temporary.unlink(missing_ok=True)
 
 
-def temporary_of(folder: Path, manifest: Manifest) -> Path:
-    """A name of this thread alone, for what is not whole yet."""
-    return folder / f"version_{manifest.version:08d}.{os.getpid()}.{threading.get_ident()}.tmp"
+def temporary_of(folder: Path) -> Path:
+    """A name that nobody else has, for what is not whole yet."""
+    return folder / f"version_{uuid4().hex}.tmp"
 
 
 def place(folder: Path, manifest: Manifest, temporary: Path, *, half: Callable[[], None] | None = None) -> WeightHandle:

@@ -317,11 +317,11 @@ class Learner:
 
     async def _publish(self) -> None:
         self._phases.enter("publishing")
-        manifest, buffer = await self._in_thread(
-            lambda: self._publisher.pack(version=self._version, step=self._step, epoch=self._epoch)
+        packed = await self._in_thread(
+            lambda: self._publisher.packed(version=self._version, step=self._step, epoch=self._epoch)
         )
+        manifest = await self._ask("publish", lambda: self._store.pour(packed))
         self._weights = manifest.digest
-        await self._ask("publish", lambda: self._store.publish(manifest, buffer))
         await self._ask("announce", lambda: self._queue.announce(version=self._version, epoch=self._epoch))
 
     async def _commit(self, made: StepReport | None = None, *, last: bool = False) -> None:

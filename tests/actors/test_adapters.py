@@ -32,6 +32,7 @@ from millrace.core.weights import (
     view_of,
     views,
 )
+from tests.core.test_weight_store_faults import Whole
 
 SCALE, RANK = 0.5, 3
 ADAPTED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight")
@@ -212,7 +213,7 @@ def test_whole_versions_pass_through(tmp_path: Path) -> None:
         manifest, buffer = manifest_of(model, [], version=4, dtype="float32", tolerance=1e-4)
         store = FileWeightStore(str(tmp_path / "weights"))
         merging = MergingStore(store, model="no/such/directory")
-        await merging.publish(manifest, buffer)
+        assert await merging.pour(Whole(manifest, buffer)) == manifest
         assert await merging.fetch(4) == await store.fetch(4)
 
     asyncio.run(work())

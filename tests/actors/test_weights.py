@@ -41,7 +41,7 @@ class FakeStore:
         self.gate.set()
         self.probes = probes
 
-    async def publish(self, manifest: Manifest, buffer: Any) -> None:
+    async def pour(self, packing: Any) -> Manifest:
         raise NotImplementedError
 
     async def fetch(self, version: int) -> WeightHandle:

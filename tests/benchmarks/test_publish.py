@@ -9,7 +9,7 @@ STEPS = [(0.0, 1.0, 0), (1.1, 2.0, 0), (2.1, 3.0, 0), (3.4, 4.0, 0), (9.0, 10.0,
 
 
 def test_the_pieces_add_up_to_the_whole() -> None:
-    learner = {"began": 10.0, "packed": 11.5, "written": 11.75, "published": 99.0}
+    learner = {"began": 10.0, "written": 11.75, "published": 99.0}
     engine = {"heard": 12.0, "swap_began": 12.25, "swap_ended": 14.0, "serves": 14.5}
     found = pieces(learner, engine)
     assert tuple(found) == PIECES

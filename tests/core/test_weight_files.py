@@ -16,7 +16,7 @@ from millrace.core.errors import WeightsError
 from millrace.core.weight_files import SPARE, VersionGoneError, fill, let_go, map_file
 from millrace.core.weight_store import FileWeightStore, NodeStore
 from millrace.core.weights import mapped, temporary_of
-from tests.core.test_weight_store_faults import newest, publish, version_of
+from tests.core.test_weight_store_faults import Whole, newest, publish, version_of
 
 BYTES = 3 * 4096
 
@@ -153,9 +153,9 @@ def test_what_lies_on_the_stores_disk_is_not_sent_to_it(tmp_path: Path) -> None:
 
     async def main() -> None:
         for version in (1, 1, 2):
-            await near.publish(*version_of(version))
+            await near.pour(Whole(*version_of(version)))
         with pytest.raises(WeightsError, match="versions are never reused"):
-            await near.publish(*version_of(1, fill=7))
+            await near.pour(Whole(*version_of(1, fill=7)))
 
     asyncio.run(main())
     assert store.versions == (1, 2) and newest(store) == 2
@@ -168,7 +168,7 @@ def test_elsewhere_the_bytes_are_sent(tmp_path: Path) -> None:
             return "/nowhere/store-0"
 
     store = Far(str(tmp_path))
-    asyncio.run(NodeStore(store).publish(*version_of(3)))
+    asyncio.run(NodeStore(store).pour(Whole(*version_of(3))))
     assert newest(store) == 3
 
 
@@ -183,14 +183,14 @@ def test_a_file_that_a_store_took_for_a_stray_is_written_again(tmp_path: Path) -
             await super().adopt(manifest, path)
 
     store = Restarting(str(tmp_path))
-    asyncio.run(NodeStore(store).publish(*version_of(3)))
+    asyncio.run(NodeStore(store).pour(Whole(*version_of(3))))
     assert newest(store) == 3
 
 
 def test_a_file_of_another_length_is_refused(tmp_path: Path) -> None:
     store = FileWeightStore(str(tmp_path))
     manifest, buffer = version_of(1)
-    temporary = temporary_of(tmp_path, manifest)
+    temporary = temporary_of(tmp_path)
     fill(temporary, np.concatenate([buffer, buffer]))
     with pytest.raises(VersionGoneError, match="has 128 bytes, the manifest describes 64"):
         asyncio.run(store.adopt(manifest, str(temporary)))
@@ -206,7 +206,7 @@ def test_a_newer_version_wakes_who_waits_for_it(tmp_path: Path) -> None:
         await store.publish(*version_of(1))
         found = await waiting[0]
         assert found is not None and found.manifest.version == 1
-        await near.publish(*version_of(5))
+        await near.pour(Whole(*version_of(5)))
         for task in waiting[1:]:
             found = await task
             assert found is not None and found.manifest.version == 5

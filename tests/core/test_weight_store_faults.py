@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,21 @@ def version_of(version: int, *, step: int | None = None, fill: int | None = None
     buffer = np.full(64, version if fill is None else fill, np.uint8)
     step = version if step is None else step
     return Manifest(version=version, step=step, epoch=1, tensors=tensors, digest=digest_of(buffer)), buffer
+
+
+class Whole:
+    """A packing of bytes that lie in memory."""
+
+    def __init__(self, manifest: Manifest, buffer: NDArray[np.uint8]) -> None:
+        self._manifest, self._buffer, self.size = manifest, buffer, buffer.size
+
+    def pour(self, write: Callable[[memoryview], object]) -> None:
+        for part in np.array_split(self._buffer, 3):
+            write(part.data)
+
+    def manifest(self, digest: str) -> Manifest:
+        assert digest == self._manifest.digest
+        return self._manifest
 
 
 def publish(store: FileWeightStore, *versions: int) -> None:

@@ -122,9 +122,10 @@ class World:
 
         return call
 
-    async def publish(self, manifest: Any, buffer: Any) -> None:
-        await self.store.publish(manifest, buffer)
+    async def pour(self, packing: Any) -> Any:
+        manifest = await self.store.pour(packing)
         self.made.append((manifest.epoch, manifest.step, manifest.digest))
+        return manifest
 
     def reached(self, name: str) -> None:
         self._reached[name] += 1
