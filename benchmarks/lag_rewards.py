@@ -9,7 +9,8 @@ they were. Trials are kept, a line each, in results/lag_rewards_trials.jsonl, an
     python -m benchmarks.lag_rewards --part 1/2            # two processes share the trials
     python -m benchmarks.lag_rewards --rows                # record the rows
 
-The best correction is chosen on the first seeds and measured on others, which have chosen nothing.
+The best corrections of the first seeds are tried on further ones, the best of these is chosen on all of them, and
+measured on seeds that have chosen nothing.
 """
 
 import os
@@ -39,8 +40,10 @@ LEARNING_RATE = 0.2
 SWEEP = (0.05, 0.1, 0.2, 0.4)
 SWEPT, SWEPT_SEEDS = ("none", "cispo", "topr"), range(3)
 LAGS = (0, 8, 16, 4, lag_task.ENDLESS, 2, 1)  # in the order they are tried
-SEEDS, CONFIRMING = range(5), range(5, 15)
+SEEDS, FURTHER, CONFIRMING = range(5), range(5, 15), range(15, 25)
+FINALISTS = 3  # corrections that are tried on the further seeds: a few runs in ten may fail where none in five does
 TARGETS = {8: 0.99, 16: 0.97}
+JUDGED = (0, *TARGETS)  # the lags by which a correction is judged
 NAIVE = "none"
 
 CLIP = {"ratio": "token", "surrogate": {"name": "clip", "low": 0.2, "high": 0.2}}
@@ -141,14 +144,16 @@ def make(key: Key, *, commit: str) -> Trial:
 
 
 def wanted(trials: Mapping[Key, Trial], *, arms: Sequence[str], lags: Sequence[int], seeds: Sequence[int]) -> list[Key]:
-    """Trials still to be made; once the grid is whole, those that confirm the best correction."""
+    """Trials still to be made: the grid, then those of the finalists, then those that confirm the best."""
     grid = [Key(arm, lag, seed, LEARNING_RATE) for lag in lags for seed in seeds for arm in arms]
-    missing = [key for key in grid if key not in trials]
-    if missing:
+    if missing := [key for key in grid if key not in trials]:
         return missing
-    if (arm := best(trials)) is None:
-        return []
-    confirm = [Key(arm, lag, seed, LEARNING_RATE) for lag in (0, *TARGETS) for seed in CONFIRMING]
+    judged = [Key(arm, lag, seed, LEARNING_RATE) for arm in finalists(trials) for lag in JUDGED for seed in FURTHER]
+    judged += [Key(NAIVE, 0, seed, LEARNING_RATE) for seed in FURTHER]
+    if missing := [key for key in judged if key not in trials]:
+        return missing
+    arm = best(trials)
+    confirm = [Key(arm, lag, seed, LEARNING_RATE) for lag in JUDGED for seed in CONFIRMING] if arm else []
     return [key for key in confirm if key not in trials]
 
 
@@ -173,19 +178,31 @@ def kept(above: Sequence[float], below: Sequence[float]) -> harness.Ratio:
     return harness.Ratio(median=float(above_S.mean() / below_S.mean()), low=float(low), high=float(high))
 
 
-def best(trials: Mapping[Key, Trial]) -> str | None:
-    """The correction that keeps most at the lags with a target, where it keeps least, on the seeds of the grid.
+def scores(trials: Mapping[Key, Trial], arms: Iterable[str], seeds: Sequence[int]) -> dict[str, float]:
+    """What each correction keeps at the lags with a target, where it keeps least.
 
-    One for all of them. It is measured against its own reward at lag 0 and against the naive arm's there, and the
-    lesser counts: to have learnt little to begin with is no merit.
+    It is measured against its own reward at lag 0 and against the naive arm's there, and the lesser counts: to have
+    learnt little to begin with is no merit. Corrections of which a trial is missing are left out.
     """
-    scores = {}
-    naive = rewards(trials, NAIVE, 0, SEEDS)
-    for arm in ARMS:
-        own, at = rewards(trials, arm, 0, SEEDS), [rewards(trials, arm, lag, SEEDS) for lag in TARGETS]
+    found = {}
+    naive = rewards(trials, NAIVE, 0, seeds)
+    for arm in arms:
+        own, at = rewards(trials, arm, 0, seeds), [rewards(trials, arm, lag, seeds) for lag in TARGETS]
         if arm != NAIVE and naive and own and all(at):
-            scores[arm] = min(kept(each, below).median for each in at for below in (own, naive))
-    return max(scores, key=lambda arm: scores[arm], default=None)
+            found[arm] = min(kept(each, below).median for each in at for below in (own, naive))
+    return found
+
+
+def finalists(trials: Mapping[Key, Trial]) -> list[str]:
+    """The corrections that keep most on the seeds of the grid, best first."""
+    found = scores(trials, ARMS, SEEDS)
+    return sorted(found, key=lambda arm: -found[arm])[:FINALISTS]
+
+
+def best(trials: Mapping[Key, Trial]) -> str | None:
+    """The finalist that keeps most on the seeds of the grid and the further ones together."""
+    found = scores(trials, finalists(trials), [*SEEDS, *FURTHER])
+    return max(found, key=lambda arm: found[arm], default=None)
 
 
 def table(trials: Mapping[Key, Trial], arm: str) -> list[dict[str, object]]:
@@ -228,12 +245,16 @@ def rows(trials: Mapping[Key, Trial], *, where: str) -> list[harness.Row]:
         if not (at and own):
             continue
         grid = {each: found for each in ARMS if (found := rewards(trials, each, lag, SEEDS))}
+        chosen_on = [*SEEDS, *FURTHER]
         what = f"final reward at max_lag {lag} / at 0, {arm}, which was the best of {len(grid)} on other seeds"
         details = {
             "rewards": at,
             "rewards_at_0": own,
             "over_naive_at_0": round(float(np.mean(at) / np.mean(rewards(trials, NAIVE, 0, SEEDS))), 4),
             "chosen_on": {each: round(float(np.mean(found)), 4) for each, found in grid.items()},
+            "finalists": {
+                each: round(found, 4) for each, found in scores(trials, finalists(trials), chosen_on).items()
+            },
             "seeds": [CONFIRMING.start, CONFIRMING.stop],
         }
         made.append(

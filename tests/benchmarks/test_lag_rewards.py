@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import lag_rewards, lag_task
-from benchmarks.lag_rewards import CONFIRMING, LAGS, LEARNING_RATE, SEEDS, Key, Trial
+from benchmarks.lag_rewards import CONFIRMING, FURTHER, JUDGED, LAGS, LEARNING_RATE, SEEDS, Key, Trial
 from millrace.learner.objective import Objective
 
 LEARNT_LITTLE, KEEPS_MOST = "cispo", "topr"
@@ -43,13 +43,28 @@ def grid(lags: tuple[int, ...] = LAGS, seeds: range = SEEDS) -> dict[Key, Trial]
     return {each.key: each for each in made}
 
 
+def judged() -> dict[Key, Trial]:
+    """The grid, and all arms on the further seeds."""
+    return grid() | grid(JUDGED, FURTHER)
+
+
 def test_the_best_keeps_most_of_its_own_reward_and_of_the_naive_arms() -> None:
-    assert lag_rewards.best(grid()) == KEEPS_MOST
-    assert lag_rewards.best({}) is None
+    assert lag_rewards.best(judged()) == KEEPS_MOST
+    assert lag_rewards.best({}) is None and lag_rewards.best(grid()) is None
+
+
+def test_who_fails_on_a_few_further_seeds_is_not_the_best() -> None:
+    trials = judged()
+    for lag in LAGS:
+        for seed in SEEDS:  # another is the best of the grid
+            key = Key("mis", lag, seed, LEARNING_RATE)
+            trials[key] = replace(trials[key], reward=1.0)
+    assert lag_rewards.finalists(trials)[:2] == ["mis", KEEPS_MOST]
+    assert lag_rewards.best(trials) == KEEPS_MOST
 
 
 def test_the_best_keeps_most_where_it_keeps_least() -> None:
-    trials = grid()
+    trials = judged()
     for seed in SEEDS:  # another keeps all at 16, and little at 8
         for lag, reward in {8: 0.9, 16: 1.0}.items():
             key = Key("mis", lag, seed, LEARNING_RATE)
@@ -58,7 +73,7 @@ def test_the_best_keeps_most_where_it_keeps_least() -> None:
 
 
 def test_the_naive_arm_is_never_the_best() -> None:
-    trials = grid()
+    trials = judged()
     for seed in SEEDS:
         for lag in (8, 16):
             key = Key("none", lag, seed, LEARNING_RATE)
@@ -66,22 +81,27 @@ def test_the_naive_arm_is_never_the_best() -> None:
     assert lag_rewards.best(trials) == KEEPS_MOST
 
 
-def test_missing_trials_are_made_first_and_then_those_that_confirm_the_best() -> None:
+def test_missing_trials_are_made_first_then_those_of_the_finalists_and_those_that_confirm_the_best() -> None:
     arms = tuple(lag_rewards.ARMS)
     ask = {"arms": arms, "lags": LAGS, "seeds": tuple(SEEDS)}
     assert len(lag_rewards.wanted({}, **ask)) == len(arms) * len(LAGS) * len(SEEDS)
     trials = grid()
     missing = trials.pop(Key("mis", 4, 3, LEARNING_RATE))
     assert lag_rewards.wanted(trials, **ask) == [missing.key]
-    confirm = lag_rewards.wanted(grid(), **ask)
+    further = lag_rewards.wanted(grid(), **ask)
+    assert {key.seed for key in further} == set(FURTHER)
+    assert {key.lag for key in further if key.arm == "none"} == {0}
+    assert {key.arm for key in further} == {"none", *lag_rewards.finalists(grid())}
+    assert len(further) == (1 + 3 * len(JUDGED)) * len(FURTHER)
+    confirm = lag_rewards.wanted(judged(), **ask)
     assert {key.arm for key in confirm} == {KEEPS_MOST}
     assert {key.seed for key in confirm} == set(CONFIRMING)
     assert {key.lag for key in confirm} == {0, 8, 16}
-    assert not set(CONFIRMING) & set(SEEDS)
+    assert not set(CONFIRMING) & {*SEEDS, *FURTHER}
 
 
 def test_rows_have_the_targets_and_come_of_the_confirming_seeds() -> None:
-    trials = grid()
+    trials = judged()
     assert {row.id for row in lag_rewards.rows(trials, where="")} == {
         "P10/naive" if arm == "none" else f"P10/{arm}" for arm in lag_rewards.ARMS
     }
