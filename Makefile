@@ -37,7 +37,7 @@ demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY) lint test-fast
-	$(BIN)/python -m pytest -q -m "ray and not long and not faults"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "ray and not long and not faults"
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not ray and not long and not trl and not faults"
