@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 help:
 	@echo "make demo       warm-start a tiny model, then train it by RL on Ray and vLLM (about two minutes after set-up)"
-	@echo "make test       lint, types and every test that is not in a long suite (ten to eleven minutes after set-up)"
+	@echo "make test       lint, types and every test that is not in a long suite (nine to ten minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (about three and a half minutes)"
 	@echo "make test-long  the suites that take longer"
 	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (about eighteen minutes)"
