@@ -154,7 +154,6 @@ def ended(job: Job, way: str) -> None:
 def word_of(job: Job, phase: str, way: str) -> None:
     """What its files say of the end."""
     status = job.status()
-    last = said(job.directory).splitlines()[-1]
     if phase == "concluding":
         assert status.state == "finished"
     elif way == "killed":
@@ -164,6 +163,7 @@ def word_of(job: Job, phase: str, way: str) -> None:
         assert (status.state, status.note) == ("stopped", "")
         assert job.result()["steps"] == status.step == status.committed_step
     else:
+        last = said(job.directory).splitlines()[-1]  # a driver that was killed may not have said anything yet
         assert status.state == "stopped"
         assert status.note == last == snapshot.cut_short(status)
         assert f"continue with `millrace train --resume {job.id}`" in last
