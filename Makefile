@@ -17,7 +17,7 @@ help:
 	@echo "make test       lint, types and every test that is not in a long suite (nine to ten minutes after set-up)"
 	@echo "make test-fast  the pure tests: no Ray, no vLLM (about three and a half minutes)"
 	@echo "make test-long  the suites that take longer"
-	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (about eighteen minutes)"
+	@echo "make test-faults  kill -9, SIGSTOP, full disks and damaged files, on real Ray and vLLM (about twenty minutes)"
 	@echo "make test-trl   our losses beside TRL's own, in an environment of its own"
 	@echo "make docs       the documentation as pages, in site/"
 	@echo "make bench      the figures of benchmarks/README.md (about eight minutes, on a machine with nothing else to do)"

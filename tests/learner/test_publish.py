@@ -1,6 +1,7 @@
 """The flat buffer, its manifest and its probes."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,6 +53,22 @@ def test_in_however_many_parts_a_file_holds_the_same_bytes(dtype, part_bytes, ma
         assert np.array_equal(buffer[there], expected.numpy())
         covered[there] = True
     assert not buffer[~covered].any()
+
+
+@pytest.mark.parametrize("part_bytes", [64, 128, 4096])
+def test_tensors_of_odd_sizes_begin_at_multiples_of_64_bytes(part_bytes, monkeypatch):
+    monkeypatch.setattr(publish, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(Publisher, "_score", lambda self, sequences: ())
+    model = torch.nn.Module()
+    for name, shape in {"a": (25,), "b": (3, 7), "c": (16,), "d": (1,), "e": (50, 3)}.items():
+        model.register_parameter(name, torch.nn.Parameter(torch.rand(shape)))
+    policy = SimpleNamespace(adapters=None, model=model, device=torch.device("cpu"), vocabulary=10, context=None)
+    manifest, buffer = Publisher(policy).pack(version=0, step=0, epoch=1)
+    assert [tensor.offset for tensor in manifest.tensors] == [0, 128, 256, 320, 384]
+    expected = np.zeros(384 + 640, np.uint8)
+    for tensor, parameter in zip(manifest.tensors, model.parameters(), strict=True):
+        view_of(expected, tensor)[...] = parameter.detach().numpy()
+    assert np.array_equal(buffer, expected)
 
 
 def test_ties_are_published_once(make_model):
