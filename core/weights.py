@@ -96,7 +96,7 @@ def digest_of(buffer: NDArray[np.uint8]) -> str:
 
 
 def poured(packing: Packing, path: Path) -> Manifest:
-    """Write the bytes of a packing to a new file. Each part is digested while it is in the processor's cache."""
+    """Write the bytes of a packing to a new file, and digest each part beside it."""
     digest = xxhash.xxh3_128()
 
     with filling(path) as write:

@@ -24,7 +24,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.05}
 # allowed so many times: an engine rounds more often than our products in half precision do (up to 1.7 times as far).
 ROUNDINGS = 4.0
 
-PART_BYTES = 1 << 20  # a multiple of 64: converted, digested and written while they are in the processor's cache
+PART_BYTES = 1 << 20  # a multiple of 64
 CUDA_PART_BYTES = 64 << 20  # a copy from a GPU is waited for
 
 PROBES = 4
