@@ -14,10 +14,6 @@ class GenerationConfig(Config):
     prefetch: int | None = Field(default=None, ge=0)
     """Groups leased beyond what fills the slots; None: half of what fills them, at least one."""
 
-    whole_groups: bool = False
-    """Sample a group in one call. Otherwise each response is a call, and the slot of a short one is filled while
-    a long one of its group still runs; for engines whose slots fall free only at the end of a call."""
-
     poll_s: float = Field(default=10.0, gt=0)
     """How long a request for leases waits at the queue before it returns empty-handed."""
 

@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 WIRING = "millrace.actors.engines.wiring"  # imports torch and transformers, which not every engine needs
 FETCH_AGAIN_S = 0.05
+ROOM_S = 0.02  # between two looks at the slots that single responses left
 WEIGHTS_SOON_S = 1.0
 HEAR_S = 20.0  # a wait for newer weights at their store
 GIVE_UP_S = 2.0  # on `stop`, for the engine and the queue to answer while everything in hand is given up
@@ -71,7 +72,7 @@ class GenerationWorker:
         is_vllm = isinstance(engine, Mapping) and str(engine["name"]).startswith("vllm")
         self._to_check = engine if is_vllm and config.check_wiring else None
         self._receiver = WeightReceiver(self._engine, whole_weights(store, engine), probe_every=config.probe_every)
-        self._hand = Hand(self._engine, sampling=sampling, whole_groups=config.whole_groups, changed=self._bell.ring)
+        self._hand = Hand(self._engine, sampling=sampling, changed=self._bell.ring)
         self._outbox = Outbox[Group](self._put, linger_s=config.linger_s, full=config.pack_groups)
         self._heart = Heart(
             name,
@@ -191,7 +192,7 @@ class GenerationWorker:
         await self._bell.until(lambda: self._engine.version >= 0 or self._stopping)
         while not self._stopping:
             self._idle = ""
-            await self._bell.until(lambda: self._want() > 0 or self._stopping)
+            await self._room()
             grant = await self._lease(self._want())
             if grant is None:
                 break
@@ -209,6 +210,12 @@ class GenerationWorker:
         for key in self._hand.groups:
             await self._hand.give_up(key, "the worker was stopped")
         await self._bell.until(lambda: not self._hand)
+
+    async def _room(self) -> None:
+        """Wait until there is room for a request. A response of a group that goes on leaves its slot and rings no bell:
+        one that did, for each response, would stop the engine's thread each time."""
+        while self._want() <= 0 and not self._stopping:
+            await self._bell.until(lambda: self._want() > 0 or self._stopping, ROOM_S)
 
     async def _lease(self, want: int) -> Grant | None:
         """More draws; None when the worker is to stop meanwhile.

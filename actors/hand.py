@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,36 +19,34 @@ class _Work:
     """A group in hand."""
 
     lease: Lease
-    unfinished: int  # responses
-    calls: dict[str, asyncio.Task[Sequence[Rollout]]] = field(default_factory=dict)  # by the engine's key
-    finished: int = 0  # tokens of its calls that returned
-    aborted: int = 0  # tokens of its calls that were given up
+    call: asyncio.Task[Sequence[Rollout]] | None = None
+    begun: bool = False  # the engine has the call, or had it
+    finished: int = 0  # tokens, when the call has returned
+    aborted: int = 0  # tokens, when the call was given up
     given_up: str = ""  # why
 
 
 class Hand:
-    """Runs groups in an engine. Its books hold at every moment, by the engine's own counter:
+    """Runs groups in an engine, a call for each. Its books hold at every moment, by the engine's own counter:
 
     generated = finished + given up + running
     """
 
-    def __init__(self, engine: Engine, *, sampling: Sampling, whole_groups: bool, changed: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, *, sampling: Sampling, changed: Callable[[], None]) -> None:
         """
         Args:
-            whole_groups: sample a group in one call instead of one call for each response.
-            changed: called whenever a response has finished or a group has left the hand.
+            changed: called whenever a group has left the hand, or is given up.
         """
         self._engine = engine
         self._sampling = sampling
-        self._whole_groups = whole_groups
         self._changed = changed
         self._works: dict[GroupId, _Work] = {}
         self._waiting: dict[GroupId, int] = {}  # finished groups whose put is not answered -> tokens
         self._finished = 0  # tokens of calls that returned
         self._aborted = 0  # tokens of calls that were given up, as far as they are booked to a group
+        self._to_begin = 0  # responses of groups that the engine does not have yet
         self._booking = asyncio.Lock()
         self.abandoned: dict[GroupId, int] = {}  # groups given up -> all their tokens
-        self.unfinished = 0  # responses, of all groups in hand
         self.most_unfinished = 0
 
     def __len__(self) -> int:
@@ -58,10 +56,15 @@ class Hand:
     def groups(self) -> Collection[GroupId]:
         return tuple(self._works)
 
+    @property
+    def unfinished(self) -> int:
+        """Responses that wait for a slot or are being sampled, of all groups in hand."""
+        return self._to_begin + self._engine.unfinished
+
     def take(self, lease: Lease) -> None:
         """Have it in hand; `generate` follows."""
-        self._works[lease.id] = _Work(lease, lease.n)
-        self.unfinished += lease.n
+        self._works[lease.id] = _Work(lease)
+        self._to_begin += lease.n
         self.most_unfinished = max(self.most_unfinished, self.unfinished)
 
     def is_given_up(self, key: GroupId) -> bool:
@@ -71,22 +74,22 @@ class Hand:
         """Sample the group; None when it was given up meanwhile.
 
         Raises:
-            EngineError: a response failed; the others of the group were aborted.
+            EngineError: a response failed, or is not what the lease asks for.
             EngineDeadError: there is no engine any more that could abort anything.
         """
         work = self._works[key]
         if work.given_up:
             return None
+        work.call = asyncio.create_task(self._call(work))
         try:
-            rollouts = await self._sampled(work)
+            rollouts = await work.call
         except EngineDeadError:
             raise
-        except EngineError as caught:
-            fenced = bool(work.given_up)
-            await self.give_up(key, str(caught))
-            if fenced:
+        except EngineError:
+            if work.given_up:
                 return None
             raise
+        check(work.lease, rollouts)
         self._waiting[key] = work.finished
         lease = work.lease
         return Group(id=key, prompt=lease.prompt, rollouts=tuple(rollouts), lease_epoch=lease.epoch)
@@ -94,26 +97,23 @@ class Hand:
     def drop(self, key: GroupId) -> None:
         """It is in hand no more, however it ended."""
         work = self._works.pop(key)
-        for call in work.calls.values():
-            call.cancel()  # only where `generate` itself was cancelled is there one left
         if key not in self._waiting:
             self.abandoned[key] = work.finished + work.aborted
-        self.unfinished -= work.unfinished
+        if not work.begun:
+            self._to_begin -= work.lease.n
         self._changed()
 
     async def give_up(self, key: GroupId, why: str) -> None:
-        """Abort a group's calls. One group at a time, so that the tokens aborted meanwhile are its own."""
+        """Abort a group's call. One group at a time, so that the tokens aborted meanwhile are its own."""
         work = self._works.get(key)
         if work is None:
             return
         work.given_up = work.given_up or why
         self._changed()
         async with self._booking:
-            running = {name: call for name, call in work.calls.items() if not call.done()}
-            for name in running:
-                await self._engine.abort(name)
-            if running:
-                await asyncio.wait(running.values())
+            if work.call is not None and not work.call.done():
+                await self._engine.abort(str(key))
+                await asyncio.wait([work.call])
 
     def answered(self, key: GroupId, *, accepted: bool) -> None:
         """The queue has answered the put of a finished group."""
@@ -132,50 +132,47 @@ class Hand:
         progress = {**self._waiting, **self.abandoned}
         for key, work in self._works.items():
             if key not in self._waiting:
-                progress[key] = work.finished + work.aborted + sum(running.get(name, 0) for name in work.calls)
+                progress[key] = work.finished + work.aborted + running.get(str(key), 0)
         return Pulse(generated=generated, progress=progress)
 
     def closes(self, generated: int, running: Mapping[str, int]) -> bool:
         """Whether the books add up to the engine's counter."""
         return generated == self._finished + self._engine.aborted + sum(running.values())
 
-    async def _sampled(self, work: _Work) -> Sequence[Rollout]:
-        """All responses of a group, from one call or from one call each."""
-        seeds = work.lease.seeds
-        for number, part in enumerate([seeds] if self._whole_groups else [(seed,) for seed in seeds]):
-            name = f"{work.lease.id} call {number}"
-            work.calls[name] = asyncio.create_task(self._call(work, name, part))
-        done = await asyncio.gather(*work.calls.values())
-        rollouts = [rollout for part in done for rollout in part]
-        for rollout in rollouts:
-            if rollout.versions[0].version < work.lease.min_version:
-                raise EngineError(
-                    f"{work.lease.id}: a first token was sampled by version {rollout.versions[0].version}, below the "
-                    f"lease's {work.lease.min_version}: the engine went back to older weights; end it"
-                )
-            if not np.isfinite(rollout.behaviour_logprob_T).all():
-                token = int(np.argmin(np.isfinite(rollout.behaviour_logprob_T)))
-                raise EngineError(
-                    f"{work.lease.id}, seed {rollout.seed}: token {token} of {len(rollout)} has log-probability "
-                    f"{rollout.behaviour_logprob_T[token]}: the model's logits are not finite on this prompt"
-                )
-        return rollouts
-
-    async def _call(self, work: _Work, name: str, seeds: Sequence[int]) -> Sequence[Rollout]:
-        tokens_P = work.lease.prompt.tokens_P
-        rollouts: Sequence[Rollout] | None = None
-        if work.given_up:  # before its task had its first turn: the engine has no call to abort yet
-            raise EngineError(f"{name}: {work.given_up}")
+    async def _call(self, work: _Work) -> Sequence[Rollout]:
+        lease, rollouts = work.lease, None
+        if work.given_up:  # before this task had its first turn: the engine has no call to abort yet
+            raise EngineError(f"{lease.id}: {work.given_up}")
+        work.begun = True
+        self._to_begin -= lease.n
         try:
-            rollouts = await self._engine.sample(tokens_P, sampling=self._sampling, seeds=seeds, key=name)
+            rollouts = await self._engine.sample(
+                lease.prompt.tokens_P, sampling=self._sampling, seeds=lease.seeds, key=str(lease.id)
+            )
         finally:
             if rollouts is None:  # in the same moment in which the engine has booked it as aborted
-                work.aborted += self._engine.aborted - self._aborted
+                work.aborted = self._engine.aborted - self._aborted
                 self._aborted = self._engine.aborted
-        tokens = sum(len(rollout) for rollout in rollouts)
-        work.finished += tokens
-        self._finished += tokens
-        work.unfinished -= len(seeds)
-        self.unfinished -= len(seeds)
-        self._changed()
+        work.finished = sum(len(rollout) for rollout in rollouts)
+        self._finished += work.finished
         return rollouts
+
+
+def check(lease: Lease, rollouts: Sequence[Rollout]) -> None:
+    """Whether the engine sampled what the lease asks for.
+
+    Raises:
+        EngineError: older weights than the lease admits, or log-probabilities that are not finite.
+    """
+    for rollout in rollouts:
+        if rollout.versions[0].version < lease.min_version:
+            raise EngineError(
+                f"{lease.id}: a first token was sampled by version {rollout.versions[0].version}, below the "
+                f"lease's {lease.min_version}: the engine went back to older weights; end it"
+            )
+        if not np.isfinite(rollout.behaviour_logprob_T).all():
+            token = int(np.argmin(np.isfinite(rollout.behaviour_logprob_T)))
+            raise EngineError(
+                f"{lease.id}, seed {rollout.seed}: token {token} of {len(rollout)} has log-probability "
+                f"{rollout.behaviour_logprob_T[token]}: the model's logits are not finite on this prompt"
+            )

@@ -101,7 +101,6 @@ def run(
             "engine": "table",
             "slots": ahead,
             "prefetch": ahead // GROUP_SIZE,
-            "whole_groups": True,
             "linger_s": 0.005,
             "heartbeat_s": 0.2,
         },

@@ -334,6 +334,11 @@ class Engine(Protocol):
         """Tokens sampled so far, by key of the running calls."""
         ...
 
+    @property
+    def unfinished(self) -> int:
+        """Responses of the running calls that go on: a call returns with its last one, slots fall free before."""
+        ...
+
     async def watch(self) -> None:
         """Wait until the engine is gone, also while nobody calls it, and raise EngineDeadError; never returns."""
         ...

@@ -213,6 +213,11 @@ class Pump(Generic[C]):
         """Tokens sampled so far, by key of the running calls."""
         return {key: call.tokens for key, call in self._calls.items()}
 
+    @property
+    def unfinished(self) -> int:
+        """Responses of the running calls that go on."""
+        return sum(call.pending for call in self._calls.values())
+
     async def close(self) -> None:
         """Give up what runs and end the engine."""
         for key in list(self._calls):

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from millrace.actors.engines.pump import Call, Response, check_call
 from millrace.actors.engines.sampling import log_softmax, sample, streams, uniform
 from millrace.actors.weights import check_digest, probe_gap
+from millrace.core.calls import Bell
 from millrace.core.config import Config
 from millrace.core.errors import EngineError, ModelError, WeightsError
 from millrace.core.protocols import Proof, Sampling, WeightHandle
@@ -52,8 +53,8 @@ class TableEngine:
         self._table = read_table(model)
         self._version = -1
         self._calls: dict[str, Call] = {}
-        self._free = asyncio.Condition()
-        self._used = 0
+        self._freed = Bell()
+        self._used = 0  # slots
         self._loading = asyncio.Lock()
         self._generated = 0
         self.aborted = 0  # tokens of responses that were given up
@@ -70,17 +71,15 @@ class TableEngine:
         self._calls[key] = call
         finished = False
         try:
-            async with self._free:
-                await self._free.wait_for(lambda: not self._used or self._used + len(seeds) <= self._slots)
-                self._used += len(seeds)
-            try:
-                await self._run(call)
-                finished = True
-            finally:
-                async with self._free:
-                    self._used -= len(seeds)
-                    self._free.notify_all()
+            await self._freed.until(
+                lambda: call.done.done() or not self._used or self._used + len(seeds) <= self._slots
+            )
+            if not call.done.done():
+                self._hold(call, len(seeds))
+            await self._run(call)
+            finished = True
         finally:
+            self._hold(call, 0)
             del self._calls[key]
             if not finished:
                 self.aborted += call.tokens
@@ -114,6 +113,7 @@ class TableEngine:
         call = self._calls.get(key)
         if call is not None and not call.done.done():
             call.done.set_exception(EngineError(f"sample '{key}' was aborted after {call.tokens} tokens"))
+            self._freed.ring()
 
     @property
     def version(self) -> int:
@@ -129,6 +129,11 @@ class TableEngine:
         """Tokens sampled so far, by key of the running calls."""
         return {key: call.tokens for key, call in self._calls.items()}
 
+    @property
+    def unfinished(self) -> int:
+        """Responses of the running calls that go on."""
+        return sum(not response.finish_reason for call in self._calls.values() for response in call.responses)
+
     async def watch(self) -> None:
         """See `core.protocols.Engine.watch`. A table is gone only with this process."""
         await asyncio.Event().wait()
@@ -142,6 +147,11 @@ class TableEngine:
         logits_RV: NDArray[np.float32] = self._table[tokens_R, np.minimum(position_R, self._table.shape[1] - 1)]
         return logits_RV
 
+    def _hold(self, call: Call, slots: int) -> None:
+        self._used += slots - call.pending
+        call.pending = slots
+        self._freed.ring()
+
     async def _run(self, call: Call) -> None:
         running = list(call.responses)
         while running:
@@ -150,6 +160,8 @@ class TableEngine:
                 call.done.result()  # aborted: raises
             for _ in range(self._options.chunk_tokens):
                 running = self._step(call, running)
+            if len(running) < call.pending:
+                self._hold(call, len(running))
         call.done.cancel()
 
     def _step(self, call: Call, running: list[Response]) -> list[Response]:

@@ -41,7 +41,7 @@ class TransformersOptions(Config):
     """The model's attention implementation."""
     batch_invariant: bool = False
     """Every bit of a response depends on its call and the weights alone, so that what is sampled again after a crash
-    is the same. Costs a forward pass per call and token; with generation.whole_groups, one per group and token."""
+    is the same. Costs a forward pass per group and token."""
 
 
 class Batch:
@@ -337,6 +337,11 @@ class TransformersEngine:
     def progress(self) -> Mapping[str, int]:
         """Tokens sampled so far, by key of the running calls."""
         return self._pump.progress()
+
+    @property
+    def unfinished(self) -> int:
+        """Responses of the running calls that go on."""
+        return self._pump.unfinished
 
     async def watch(self) -> None:
         """See `core.protocols.Engine.watch`."""

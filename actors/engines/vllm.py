@@ -345,6 +345,11 @@ class VllmEngine:
         """Tokens sampled so far, by key of the running calls."""
         return self._pump.progress()
 
+    @property
+    def unfinished(self) -> int:
+        """Responses of the running calls that go on."""
+        return self._pump.unfinished
+
     async def watch(self) -> None:
         """See `core.protocols.Engine.watch`."""
         await self._pump.watch()

@@ -154,6 +154,11 @@ class VllmAsyncEngine:
         """Tokens sampled so far, by key of the running calls."""
         return {key: sum(map(self._tokens_of, names)) for key, names in self._calls.items()}
 
+    @property
+    def unfinished(self) -> int:
+        """Responses of the running calls that go on."""
+        return sum(name not in self._finished for names in self._calls.values() for name in names)
+
     async def watch(self) -> None:
         """See `core.protocols.Engine.watch`."""
         await self._alive(asyncio.Event().wait(), "idle")

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from millrace.actors.config import GenerationConfig
 from millrace.actors.engines.sampling import log_softmax
 from millrace.actors.engines.table import TableEngine
-from millrace.actors.generation import GenerationWorker
+from millrace.actors.generation import ROOM_S, GenerationWorker
 from millrace.core.errors import DeadlineError, EngineError, WeightsError
 from millrace.core.protocols import Feedback, Manifest, Probe, Proof, QueueStatus, Role, Sampling, WeightHandle
 from millrace.core.replay.config import QueueConfig
@@ -185,11 +185,10 @@ def closes(status: QueueStatus) -> None:
     assert status.tokens["generated"] == sum(rows.values()) > 0
 
 
-@pytest.mark.parametrize("whole_groups", [False, True])
-def test_a_run_ends_by_itself_and_every_token_is_accounted_for(tmp_path: Path, whole_groups: bool) -> None:
+def test_a_run_ends_by_itself_and_every_token_is_accounted_for(tmp_path: Path) -> None:
     async def scenario() -> tuple[World, QueueStatus, Mapping[str, Any]]:
         world = World(tmp_path)
-        worker = world.worker(whole_groups=whole_groups)
+        worker = world.worker()
         await world.start()
         async with running(worker) as (task,):
             await world.train(6)
@@ -270,6 +269,7 @@ class Held:
         self.calls: dict[str, asyncio.Future[None]] = {}
         self.started: list[str] = []
         self.tokens: dict[str, int] = {}
+        self.pending: dict[str, int] = {}  # responses that go on
         self.finished = self.aborted = 0
         self.failing: set[str] = set()
         self.loads: list[tuple[int, bool]] = []
@@ -283,7 +283,7 @@ class Held:
         if key in self.failing:
             raise EngineError(f"sample '{key}': out of memory")
         self.calls[key] = asyncio.get_running_loop().create_future()
-        self.tokens[key] = 1
+        self.tokens[key] = self.pending[key] = len(seeds)
         version = self.version
         try:
             await self.calls[key]
@@ -291,23 +291,24 @@ class Held:
             self.aborted += self.tokens.pop(key)
             raise
         finally:
-            del self.calls[key]
-        n = self.tokens.pop(key)
-        self.finished += n
+            del self.calls[key], self.pending[key]
+        self.finished += self.tokens.pop(key)
         return tuple(
             Rollout(
-                tokens_T=np.zeros(n, np.int32),
-                sampled_T=np.ones(n, np.bool_),
-                behaviour_logprob_T=np.zeros(n, np.float32),
-                versions=(VersionRun(version, 0, n),),
+                tokens_T=np.zeros(1, np.int32),
+                sampled_T=np.ones(1, np.bool_),
+                behaviour_logprob_T=np.zeros(1, np.float32),
+                versions=(VersionRun(version, 0, 1),),
                 finish_reason="stop",
                 seed=seed,
             )
             for seed in seeds
         )
 
-    def finish(self, key: str) -> None:
-        self.calls[key].set_result(None)
+    def finish(self, key: str, responses: int = N) -> None:
+        self.pending[key] -= responses
+        if not self.pending[key]:
+            self.calls[key].set_result(None)
 
     async def load(self, weights: WeightHandle, *, prove: bool) -> Proof:
         self.version = weights.manifest.version
@@ -327,6 +328,10 @@ class Held:
     def progress(self) -> Mapping[str, int]:
         return dict(self.tokens)
 
+    @property
+    def unfinished(self) -> int:
+        return sum(self.pending.values())
+
     async def close(self) -> None:
         pass
 
@@ -341,18 +346,16 @@ def test_the_engine_has_more_work_than_slots_and_a_finished_response_is_replaced
         await world.start()
         async with running(worker):
             # 16 slots are 4 groups of 4; the engine's own queue holds more, so that none waits for a lease.
-            await until(lambda: len(engine.calls) == 8 * N)
+            await until(lambda: len(engine.calls) == 8)
             leases = (await worker.status())["lease_calls"]
-            engine.finish("draw 0 attempt 0 call 1")
-            await until(lambda: len(engine.calls) == 8 * N - 1)
+            engine.finish("draw 0 attempt 0", 1)
+            await asyncio.sleep(3 * ROOM_S)
             assert (await worker.status())["lease_calls"] == leases  # room for one is not worth a round trip
             # All but one response of each of the first six groups end. Room is counted in responses: a long one keeps
             # its group in hand, but not the slots of the others idle.
             for draw in range(6):
-                for call in range(1, N):
-                    if (key := f"draw {draw} attempt 0 call {call}") in engine.calls:
-                        engine.finish(key)
-            await until(lambda: len(engine.calls) == (4 + 8) * N - 2)
+                engine.finish(f"draw {draw} attempt 0", N - 1 if draw else N - 2)
+            await until(lambda: engine.unfinished == (4 + 8) * N - 2)
             assert (await worker.status())["lease_calls"] == leases + 1
             assert (await worker.status())["groups"] == 0
 
@@ -366,13 +369,12 @@ def test_groups_that_finish_one_after_another_leave_together(tmp_path: Path) -> 
         worker = world.worker(engine=engine, slots=16, prefetch=8, pack_groups=4, linger_s=3600)
         await world.start()
         async with running(worker):
-            await until(lambda: len(engine.calls) == 8 * N)
+            await until(lambda: len(engine.calls) == 8)
             for draw in range(4):
-                for call in range(N):
-                    engine.finish(f"draw {draw} attempt 0 call {call}")
+                engine.finish(f"draw {draw} attempt 0")
                 for _ in range(50):
                     await asyncio.sleep(0)
-                assert not [key for key in engine.calls if key.startswith(f"draw {draw} ")]
+                assert f"draw {draw} attempt 0" not in engine.calls
                 assert world.queue._calls["put_groups"] == (draw == 3)
             await until(lambda: worker._counts["groups"] == 4)
 
@@ -406,23 +408,24 @@ def test_a_request_that_waits_is_repeated_with_newer_weights_under_the_same_id(t
     assert asked[first_with_1][0] == asked[first_with_1 - 1][0]
 
 
-def test_a_response_that_fails_fails_its_group_not_the_worker(tmp_path: Path) -> None:
+def test_a_call_that_fails_fails_its_group_not_the_worker(tmp_path: Path) -> None:
     async def scenario() -> QueueStatus:
         world = World(tmp_path, max_lag=100, attempts=1)
         engine = Held()
-        engine.failing = {"draw 1 attempt 0 call 2"}
         worker = world.worker(engine=engine, slots=16, prefetch=0)
         await world.start()
         async with running(worker):
-            await until(lambda: "draw 4 attempt 0 call 3" in engine.calls)  # leased into the room of draw 1
-            assert not [key for key in engine.calls if key.startswith("draw 1 ")]
-            assert [key for key in engine.calls if key.startswith("draw 0 ")]
+            await until(lambda: "draw 1 attempt 0" in engine.calls)
+            engine.calls["draw 1 attempt 0"].set_exception(EngineError("out of memory"))
+            await until(lambda: "draw 4 attempt 0" in engine.calls)  # leased into the room of draw 1
+            assert "draw 1 attempt 0" not in engine.calls
+            assert "draw 0 attempt 0" in engine.calls
             assert (await worker.status())["failed"] == 1
         return await world.queue.status()
 
     status = asyncio.run(scenario())
     assert status.states["dead"] == 1  # at once, not when its lease would have expired
-    assert status.tokens["failed:engine"] == 3  # what the other responses of the group had sampled
+    assert status.tokens["failed:engine"] == N  # what its responses had sampled
     closes(status)
 
 
@@ -430,7 +433,7 @@ def test_an_engine_that_fails_group_after_group_ends_the_worker(tmp_path: Path) 
     async def scenario() -> None:
         world = World(tmp_path, max_lag=100)
         engine = Held()
-        engine.failing = {f"draw {draw} attempt {attempt} call 0" for draw in range(50) for attempt in range(5)}
+        engine.failing = {f"draw {draw} attempt {attempt}" for draw in range(50) for attempt in range(5)}
         await world.start()
         async with running(world.worker(engine=engine, max_engine_failures=3)) as (task,):
             await task
@@ -446,9 +449,9 @@ def test_a_fenced_group_is_aborted_and_its_tokens_are_reported(tmp_path: Path) -
         worker = world.worker(engine=engine, slots=4, prefetch=0)
         await world.start()
         async with running(worker):
-            await until(lambda: "draw 0 attempt 0 call 3" in engine.calls)
-            await until(lambda: "draw 0 attempt 1 call 3" in engine.calls)  # its cap ended it: granted again
-            assert not [key for key in engine.calls if key.startswith("draw 0 attempt 0")]
+            await until(lambda: "draw 0 attempt 0" in engine.calls)
+            await until(lambda: "draw 0 attempt 1" in engine.calls)  # its cap ended it: granted again
+            assert "draw 0 attempt 0" not in engine.calls
             assert engine.aborted >= N
         return await world.queue.status()
 
@@ -589,7 +592,7 @@ def test_no_first_token_is_sampled_below_the_lease_s_version(tmp_path: Path) -> 
             resumption = await world.queue.join_learner()
             world.epoch = resumption.epoch
             await world.publish(resumption.version, resumption.step)
-            await until(lambda: len(engine.calls) == N)
+            await until(lambda: len(engine.calls) == 1)
             assert engine.version == 1
 
     asyncio.run(scenario())

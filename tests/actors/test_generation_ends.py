@@ -13,7 +13,7 @@ from millrace.actors.engines import wiring
 from millrace.core.errors import EngineDeadError, EngineError
 from millrace.core.protocols import Proof, Sampling, WeightHandle
 from millrace.core.types import Ints, Rollout
-from tests.actors.test_generation import Held, N, World, closes, running, until
+from tests.actors.test_generation import Held, World, closes, running, until
 
 
 class Mortal(Held):
@@ -55,7 +55,7 @@ def test_a_dead_engine_ends_the_worker_and_blames_no_group(tmp_path: Path) -> No
         worker = world.worker(engine=engine, prefetch=0)
         await world.start()
         task = asyncio.create_task(worker.run())
-        await until(lambda: len(engine.calls) == 4 * N)
+        await until(lambda: len(engine.calls) == 4)
         engine.die()
         with pytest.raises(EngineDeadError, match="process 7 has ended"):
             await task
@@ -126,12 +126,11 @@ def test_it_leaves_in_every_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         await world.start()
         task = asyncio.create_task(worker.run())
         if phase in ("generating", "abort", "put_groups", "leave"):
-            await until(lambda: len(engine.calls) == 4 * N)
+            await until(lambda: len(engine.calls) == 4)
         else:
             await entered.wait()
         if phase == "put_groups":
-            for call in range(N):
-                engine.finish(f"draw 0 attempt 0 call {call}")
+            engine.finish("draw 0 attempt 0")
             await entered.wait()
         await worker.stop()
         async with asyncio.timeout(20):
@@ -152,7 +151,7 @@ def test_stopping_in_order_waits_for_no_limit(tmp_path: Path, monkeypatch: pytes
         engine = Held()
         await world.start()
         async with running(world.worker(engine=engine, prefetch=0)):
-            await until(lambda: len(engine.calls) == 4 * N)
+            await until(lambda: len(engine.calls) == 4)
         status = await world.queue.status()
         closes(status)
         assert status.tokens["in_flight"] == 0
@@ -164,15 +163,15 @@ def test_a_group_that_fails_is_told_with_its_traceback(tmp_path: Path) -> None:
     async def scenario() -> Any:
         world = World(tmp_path, max_lag=100, attempts=1)
         engine = Held()
-        engine.failing = {"draw 1 attempt 0 call 2"}
+        engine.failing = {"draw 1 attempt 0"}
         async with running(world.worker(engine=engine, prefetch=0)):
             await world.start()
-            await until(lambda: "draw 4 attempt 0 call 3" in engine.calls)  # leased into the room of draw 1
+            await until(lambda: "draw 4 attempt 0" in engine.calls)  # leased into the room of draw 1
         return await world.queue.quarantined(after=0)
 
     (dead,) = asyncio.run(scenario())
     assert (dead.draw, dead.attempt, dead.prompt, dead.cause) == (1, 0, "p1", "engine")
-    assert dead.traceback.rstrip().endswith("EngineError: sample 'draw 1 attempt 0 call 2': out of memory")
+    assert dead.traceback.rstrip().endswith("EngineError: sample 'draw 1 attempt 0': out of memory")
     assert "in sample" in dead.traceback
 
 
@@ -189,7 +188,7 @@ def test_a_long_traceback_keeps_its_end(tmp_path: Path) -> None:
         engine = Wordy()
         async with running(world.worker(engine=engine, prefetch=0)):
             await world.start()
-            await until(lambda: "draw 4 attempt 0 call 3" in engine.calls)
+            await until(lambda: "draw 4 attempt 0" in engine.calls)
         return await world.queue.quarantined(after=0)
 
     (dead,) = asyncio.run(scenario())
@@ -213,10 +212,9 @@ def test_a_log_probability_that_is_no_number_fails_the_group(tmp_path: Path) -> 
         engine = Blind()
         async with running(world.worker(engine=engine, prefetch=0)):
             await world.start()
-            await until(lambda: len(engine.calls) == 4 * N)
-            for call in range(N):
-                engine.finish(f"draw 0 attempt 0 call {call}")
-            await until(lambda: "draw 4 attempt 0 call 3" in engine.calls)
+            await until(lambda: len(engine.calls) == 4)
+            engine.finish("draw 0 attempt 0")
+            await until(lambda: "draw 4 attempt 0" in engine.calls)
         return await world.queue.quarantined(after=0), await world.queue.status()
 
     (dead,), status = asyncio.run(scenario())

@@ -21,7 +21,6 @@ QUICK: Table = {
     "generation": {
         "engine": {"name": "table"},
         "slots": 64,
-        "whole_groups": True,
         "heartbeat_s": 0.1,
         "linger_s": 0.02,
     },

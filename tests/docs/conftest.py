@@ -15,7 +15,7 @@ data = { train = "train.jsonl", held_out = "held_out.jsonl" }
 loop = { steps = 6, groups_per_step = 16, group_size = 8, max_lag = 1 }
 sampling.max_tokens = 4
 rewards = { verifier = "exact", poll_s = 0.1, heartbeat_s = 0.1 }
-generation = { engine = "table", slots = 64, whole_groups = true, heartbeat_s = 0.1, linger_s = 0.02 }
+generation = { engine = "table", slots = 64, heartbeat_s = 0.1, linger_s = 0.02 }
 learner = { learning_rate = 0.5, threads = 1 }
 evaluation.every = 3
 """

@@ -25,7 +25,6 @@ SMALL: Table = {
     "generation": {
         "engine": {"name": "table"},
         "slots": 32,
-        "whole_groups": True,
         "poll_s": 0.5,
         "heartbeat_s": 0.2,
         "linger_s": 0.02,

@@ -278,7 +278,7 @@ def vllm_run(tmp_path: Path, make_run: Any) -> Any:
     return make_run(
         model=str(tmp_path / "llama"),
         data={"train": str(write_rows(tmp_path / "train.jsonl", rows))},
-        generation={"engine": "vllm_async", "slots": 16, "whole_groups": False, "check_wiring": False},
+        generation={"engine": "vllm_async", "slots": 16, "check_wiring": False},
         learner={"learning_rate": 1e-3, "checkpoint_every": 2},
         loop={"steps": 30, "groups_per_step": 4},
         sampling={"max_tokens": 24},

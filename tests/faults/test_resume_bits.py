@@ -60,7 +60,7 @@ def test_the_same_with_the_transformers_engine_on_ray(make_run: Any, tmp_path: P
     sections: dict[str, Any] = {
         "model": str(tmp_path / "model"),
         "loop": {**SYNCHRONOUS, "steps": 10},
-        "generation": {"engine": {"name": "transformers", "batch_invariant": True}, "whole_groups": True},
+        "generation": {"engine": {"name": "transformers", "batch_invariant": True}},
         "learner": {"learning_rate": 1e-3},
     }
     whole = run_here(make_run("whole", **sections))

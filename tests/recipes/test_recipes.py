@@ -44,7 +44,7 @@ def run(root: Path, base: Path, task: dict[str, Path], recipe: str) -> Any:
         "loop": {"steps": STEPS, "groups_per_step": 16, "group_size": 8, "max_lag": 1} | LOOP.get(recipe, {}),
         "sampling": {"max_tokens": 4},
         "rewards": {"poll_s": 0.1, "heartbeat_s": 0.1},
-        "generation": {"engine": "table", "slots": 64, "whole_groups": True, "heartbeat_s": 0.1, "linger_s": 0.02},
+        "generation": {"engine": "table", "slots": 64, "heartbeat_s": 0.1, "linger_s": 0.02},
         "learner": {"learning_rate": 0.5, "threads": 1},
         "supervised": {"learning_rate": 0.3, "epochs": 6, "batch_rows": 20, "threads": 1},
         "evaluation": {"every": LOOP.get(recipe, {}).get("steps", STEPS)},

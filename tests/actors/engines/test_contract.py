@@ -199,6 +199,43 @@ def test_scoring_beside_generation(case: Any) -> None:
     case.run(work)
 
 
+def test_responses_that_go_on_are_counted_while_others_of_their_call_have_ended(case: Any) -> None:
+    async def work() -> None:
+        await loaded(case)
+        stops = tuple(range(case.vocabulary // 12))
+        call = asyncio.create_task(
+            case.engine.sample(
+                PROMPT, sampling=Sampling(max_tokens=200, stop_token_ids=stops), seeds=range(8), key="count"
+            )
+        )
+        await until_tokens(case, "count", 1)
+        seen = [case.engine.unfinished]
+        while not call.done():
+            seen.append(case.engine.unfinished)
+            await asyncio.sleep(0)
+        assert len({len(rollout) for rollout in await call}) > 4
+        assert seen == sorted(seen, reverse=True)
+        assert set(seen) & {2, 3, 4, 5, 6, 7}
+        assert case.engine.unfinished == 0
+
+    case.run(work)
+
+
+def test_the_slots_of_short_responses_are_filled_while_a_long_one_of_their_call_still_runs(case: Any) -> None:
+    async def work() -> None:
+        await loaded(case)
+        few = Sampling(max_tokens=200, stop_token_ids=tuple(range(case.vocabulary // 12)))
+        first = asyncio.create_task(case.engine.sample(PROMPT, sampling=few, seeds=range(16), key="first"))
+        then = asyncio.create_task(
+            case.engine.sample(PROMPT, sampling=Sampling(max_tokens=200), seeds=[16], key="then")
+        )
+        await until_tokens(case, "then", 1)
+        assert not first.done()
+        await asyncio.gather(first, then)
+
+    case.run(work)
+
+
 def test_more_sequences_than_slots(case: Any) -> None:
     async def work() -> None:
         await loaded(case)
