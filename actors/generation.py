@@ -213,7 +213,7 @@ class GenerationWorker:
 
     async def _room(self) -> None:
         """Wait until there is room for a request. A response of a group that goes on leaves its slot and rings no bell:
-        one that did, for each response, would stop the engine's thread each time."""
+        for each bell the engine's thread would wait for this one."""
         while self._want() <= 0 and not self._stopping:
             await self._bell.until(lambda: self._want() > 0 or self._stopping, ROOM_S)
 
