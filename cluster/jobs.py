@@ -248,7 +248,7 @@ async def _driven(
 
 
 class End:
-    """What is done when a run is told to end: in order within STOP_S, at once otherwise."""
+    """What is done when a run is told to end: in order within STOP_S where it has begun, at once otherwise."""
 
     def __init__(self, run: Run | SupervisedRun, snapshot: Snapshot, say: Say) -> None:
         self._run, self._snapshot, self._say = run, snapshot, say
@@ -258,8 +258,8 @@ class End:
         self.now: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done when it may not go on
 
     def ask(self, now: bool = False) -> None:
-        """End it; the second time, or told so, at once."""
-        if self._asked or now:
+        """End it; at once the second time, or told so, or while all it does is to load."""
+        if self._asked or now or self._snapshot.status.state == "starting":
             self._cut()
             return
         self._late = asyncio.get_running_loop().call_later(STOP_S, self._cut)

@@ -12,11 +12,13 @@ from millrace.cluster import jobs
 from millrace.cluster import run as run_module
 from millrace.cluster import wiring as wiring_module
 from millrace.cluster.config import RunConfig
+from millrace.cluster.ears import Brake
 from millrace.cluster.held_out import HeldOut
 from millrace.cluster.plan import make_plan
 from millrace.cluster.run import Run
 from millrace.cluster.spawn import InProcess
 from millrace.core.errors import ComponentLost, EngineDeadError, JournalFullError
+from millrace.learner.learner import Learner
 
 
 class Troubled:
@@ -90,6 +92,26 @@ def test_a_run_that_is_stopped_while_its_queue_is_down_was_stopped_and_has_not_f
     config = make_run(loop={"steps": 10_000})
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(run())
+    assert events(config)[-1]["kind"] == "interrupted"
+
+
+def test_a_run_that_is_stopped_while_it_loads_waits_for_nothing(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading(Learner):
+        async def run(self) -> None:
+            await asyncio.Event().wait()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("starting the learner"):
+            brake.pull(now=False)
+
+    monkeypatch.setattr(wiring_module, "LEARNER", Loading)
+    brake, said, config = Brake(), list[str](), make_run()
+    with jobs.ready(config, resume=False) as (plan, snapshot), pytest.raises(KeyboardInterrupt):
+        jobs.execute(plan, snapshot, address=None, local=True, resume=False, say=say, brake=brake)
+    assert not [line for line in said if line.startswith("stopping, with a checkpoint")]
+    assert (snapshot.status.state, snapshot.status.note) == ("stopped", said[-1])
+    assert said[-1].startswith("stopped before the first step was made; continue with `millrace train --resume")
     assert events(config)[-1]["kind"] == "interrupted"
 
 

@@ -70,10 +70,11 @@ def make_run(make_run_in: MakeRun, tmp_path: Path) -> MakeRun:
 
 @pytest.fixture
 def paced_run(make_run: MakeRun, tmp_path: Path) -> MakeRun:
-    """A run that makes about three steps a second until its scene ends."""
+    """A run that makes about one step per `pace_s` until its scene ends."""
 
-    def make(name: str = "run", **sections: Any) -> RunConfig:
-        verifier = {"name": rewards.named(rewards.paced), "gate": str(gate_of(tmp_path / "runs" / name))}
+    def make(name: str = "run", pace_s: float = rewards.PACE_S, **sections: Any) -> RunConfig:
+        gate = str(gate_of(tmp_path / "runs" / name))
+        verifier = {"name": rewards.named(rewards.paced), "gate": gate, "pace_s": pace_s}
         paced: Table = {
             "loop": {"steps": 60},
             "rewards": {"verifier": verifier},

@@ -55,10 +55,10 @@ def half(text: str) -> float:
     return 0.5
 
 
-async def paced(text: str, answer: str, *, gate: str) -> float:
+async def paced(text: str, answer: str, *, gate: str, pace_s: float = PACE_S) -> float:
     """Slow enough that a run lasts as long as its test, until the gate is open."""
     if not Path(gate).exists():
-        await asyncio.sleep(PACE_S)
+        await asyncio.sleep(pace_s)
     return float(text == answer)
 
 

@@ -67,6 +67,7 @@ def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hosts]:
 
 def test_a_short_partition_costs_nothing_and_a_long_one_only_what_was_beyond_it(paced_run: Any, hosts: Hosts) -> None:
     config = paced_run(
+        pace_s=0.5,  # it lasts until whoever was lost is back, on a machine with much else to do
         loop={"steps": 150},
         generation={"workers": 3, "slots": 8},
         rewards={"workers": 2},
