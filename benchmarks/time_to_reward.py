@@ -4,7 +4,9 @@ Same model, data, verifier, group size, samples per step, learning rate and opti
 seed by seed. A crossing is interpolated between the last evaluation below the target and the next, for both alike.
 
     python -m benchmarks.time_to_reward                       all seeds, then rows
-    python -m benchmarks.time_to_reward --seeds 0,1           these; rows are of all seeds that are recorded
+    python -m benchmarks.time_to_reward --seeds 0,1           these; rows are of all pairs that are recorded
+
+A pair is two arms of one seed in one call: machines change from hour to hour.
 """
 
 import os
@@ -59,12 +61,16 @@ def crossing(curve: Mapping[str, Any], target: float) -> dict[str, float]:
 
 
 def rows(trials: Sequence[Mapping[str, Any]], target: float, where: str) -> list[harness.Row]:
-    """Of every arm of ours, against TRL's run of the same seed; seeds that only one of them has are left out."""
+    """Of every arm of ours, against TRL's run of the same seed in the same call; what has none is left out."""
     found = {(trial["arm"], trial["seed"]): crossing(trial["curve"], target) for trial in trials}
     by_key = {(trial["arm"], trial["seed"]): trial for trial in trials}
     made = []
     for arm in sorted({trial["arm"] for trial in trials} - {"trl"}):
-        seeds = sorted(seed for each, seed in found if each == arm and ("trl", seed) in found)
+        seeds = sorted(
+            seed
+            for each, seed in found
+            if each == arm and ("trl", seed) in found and by_key[arm, seed]["call"] == by_key["trl", seed]["call"]
+        )
         if not seeds:
             continue
         for unit, limit in TARGETS.items():
@@ -98,14 +104,19 @@ def run(arm: str, setting: Setting, chosen: Mapping[str, Any], folder: Path) -> 
     return ours(setting, folder / arm, chosen)
 
 
-def trial(arm: str, setting: Setting, chosen: Mapping[str, Any], curve: Curve) -> dict[str, Any]:
-    """A run as it is recorded; the setting without what differs from seed to seed and machine to machine."""
+def trial(arm: str, setting: Setting, chosen: Mapping[str, Any], curve: Curve, call: str) -> dict[str, Any]:
+    """A run as it is recorded; the setting without what differs from seed to seed and machine to machine.
+
+    Args:
+        call: of this script, in which it was made.
+    """
     common = {key: value for key, value in asdict(setting).items() if key not in ("model", "seed", "steps")}
     return {
         "arm": arm,
         "seed": setting.seed,
         "setting": common,
         "chosen": chosen,
+        "call": call,
         "commit": harness.commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "curve": asdict(curve),
@@ -132,6 +143,7 @@ def main() -> None:
     given = parsed()
     harness.refuse_a_busy_machine(anyway=given.busy)
     where = harness.machine()
+    call = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}, {where}"
     model = warm_started(MODEL)
     trials = json.loads(TRIALS.read_text()) if TRIALS.exists() and not given.no_record else []
     for seed in given.seeds:
@@ -139,7 +151,7 @@ def main() -> None:
             for arm in given.arms.split(","):
                 setting = Setting(model=str(model), seed=seed, steps=given.steps, learning_rate=given.learning_rate)
                 chosen = configured(arm, given)
-                new = trial(arm, setting, chosen, run(arm, setting, chosen, Path(folder)))
+                new = trial(arm, setting, chosen, run(arm, setting, chosen, Path(folder)), call)
                 told(new, setting.target)
                 trials = merged(trials, [new])
                 if not given.no_record:

@@ -16,12 +16,15 @@ def curve(*rewards: float, s_per_step: float = 1.0) -> dict[str, Any]:
     return {"start_s": 3.0, "points": points, "facts": {}}
 
 
-def trial(arm: str, seed: int, *rewards: float, s_per_step: float = 1.0, **setting: Any) -> dict[str, Any]:
+def trial(
+    arm: str, seed: int, *rewards: float, s_per_step: float = 1.0, call: str = "one", **setting: Any
+) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
         "setting": setting,
         "chosen": {},
+        "call": call,
         "curve": curve(*rewards, s_per_step=s_per_step),
     }
 
@@ -63,6 +66,18 @@ def test_rows_pair_the_seeds_that_both_arms_have() -> None:
     assert samples.reached is False
 
 
+def test_arms_that_ran_in_different_calls_make_no_row() -> None:
+    trials = [
+        trial("trl", 0, 0.5, 1.0, s_per_step=8.0),
+        trial("trl", 1, 0.5, 1.0, s_per_step=4.0),
+        trial("vllm", 0, 0.5, 1.0, call="another"),
+        trial("vllm", 1, 0.5, 1.0),
+        trial("transformers", 0, 0.5, 1.0, call="another"),
+    ]
+    found = time_to_reward.rows(trials, 0.75, "here")
+    assert [(row.id, row.details["seeds"]) for row in found] == [("P12/seconds-vllm", [1]), ("P12/samples-vllm", [1])]
+
+
 def test_new_trials_replace_their_own_and_keep_the_others() -> None:
     old = [trial("trl", 0, 0.1, every=2), trial("trl", 1, 0.2, every=2), trial("vllm", 0, 0.3, every=2)]
     found = time_to_reward.merged(old, [trial("trl", 1, 0.9, every=2), trial("vllm", 1, 0.4, every=2)])
@@ -81,7 +96,7 @@ def test_trials_of_another_setting_are_dropped() -> None:
 
 def test_a_trial_names_the_setting_but_no_path() -> None:
     from_curve = time_to_reward.Curve(start_s=1.0, points=())
-    found = time_to_reward.trial("trl", Setting(model="/a/b", seed=3, steps=9), {}, from_curve)
+    found = time_to_reward.trial("trl", Setting(model="/a/b", seed=3, steps=9), {}, from_curve, "now")
     assert found["seed"] == 3
     assert found["setting"]["group_size"] == 8
     assert "/a/b" not in str(found)
