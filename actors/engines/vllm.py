@@ -23,6 +23,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
+from millrace.actors.engines import vllm_kernels
 from millrace.actors.engines.pump import Call, Pump, Response
 from millrace.actors.engines.vllm_weights import TensorRow, request_id
 from millrace.actors.weights import check_digest, check_names, check_probes
@@ -76,6 +77,7 @@ def engine_arguments(model: str, slots: int, max_model_len: int, dtype: str, see
     }
     if on_cpu:
         arguments["async_scheduling"] = False
+        arguments["ir_op_priority"] = vllm_kernels.priority()
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
     if options.max_num_batched_tokens is not None:
         arguments["max_num_batched_tokens"] = options.max_num_batched_tokens

@@ -11,6 +11,7 @@ import torch
 from vllm.model_executor.layers import utils as layer_utils
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from millrace.actors.engines import vllm_kernels  # noqa: F401  # registers its operations in this process
 from millrace.actors.engines.sampling import noise, streams
 from millrace.core.errors import WeightsError
 from millrace.core.weights import map_file

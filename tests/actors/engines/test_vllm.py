@@ -185,6 +185,13 @@ def test_an_engine_has_counted_nothing_after_its_start(build_case: Callable[...,
     assert (case.engine.generated, case.engine.aborted, dict(case.engine.progress())) == (0, 0, {})
 
 
+def test_a_model_is_computed_with_our_norms(build_case: Callable[..., Any]) -> None:
+    kernels = pytest.importorskip("millrace.actors.engines.vllm_kernels")
+    operations = [getattr(pytest.importorskip("vllm.ir").ops, name) for name in kernels.OPS]
+    build_case("vllm")
+    assert [each.get_priority() for each in operations] == [[kernels.PROVIDER, "native"]] * 2
+
+
 def test_vllm_is_asked_for_the_distribution_that_samples() -> None:
     """Our CPU sampler reports nothing else; on a GPU vLLM's own default is the raw distribution."""
     module = pytest.importorskip("millrace.actors.engines.vllm")
