@@ -542,10 +542,9 @@ def test_it_waits_for_the_first_version_and_can_be_stopped_meanwhile(tmp_path: P
 
 def test_counter_and_progress_are_of_one_moment_in_every_heartbeat(tmp_path: Path) -> None:
     async def scenario() -> list[int]:
-        world = World(
-            tmp_path, token_delay_s=0.002, max_lag=100, lease_cap_s=0.06, lease_s=0.06, start_s=0.06, attempts=10**6
-        )
-        worker = world.worker(heartbeat_s=0.002)
+        world = World(tmp_path, steps=200, max_lag=100, lease_cap_s=0.06, lease_s=0.06, start_s=0.06, attempts=10**6)
+        engine = world.engine()
+        worker = world.worker(engine=engine, heartbeat_s=0.002)
         gaps: list[int] = []
         answered = 0
         put_groups, read = world.home.put_groups, worker._heart._read
@@ -555,6 +554,8 @@ def test_counter_and_progress_are_of_one_moment_in_every_heartbeat(tmp_path: Pat
             receipts = await put_groups(*args, pack=pack, **kwargs)
             tokens = {group.id: group.tokens for group in decode(pack)}
             answered += sum(tokens[receipt.id] for receipt in receipts if receipt.accepted)
+            if answered:  # slower from then on than its leases allow
+                engine._options = engine._options.model_copy(update={"token_delay_s": 0.02})
             return receipts
 
         async def checked() -> Any:
@@ -569,7 +570,7 @@ def test_counter_and_progress_are_of_one_moment_in_every_heartbeat(tmp_path: Pat
             judging = asyncio.create_task(world.judge())
             await until(
                 lambda: len(gaps) > 100 and answered > 0 and bool(worker._hand.abandoned)
-            )  # leases end all the while: groups are finished, fenced and given up
+            )  # groups are finished, then fenced and given up
             judging.cancel()
         return gaps
 
