@@ -70,7 +70,7 @@ def make_run(make_run_in: MakeRun, tmp_path: Path) -> MakeRun:
 
 @pytest.fixture
 def paced_run(make_run: MakeRun, tmp_path: Path) -> MakeRun:
-    """A run that makes about one step per `pace_s` until its scene ends."""
+    """A run whose verdicts take `pace_s` each until its scene ends."""
 
     def make(name: str = "run", pace_s: float = rewards.PACE_S, **sections: Any) -> RunConfig:
         gate = str(gate_of(tmp_path / "runs" / name))
